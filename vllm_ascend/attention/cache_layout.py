@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape and strides of the paged KV cache: the only place that knows where a byte of KV lies.
+
+A layer is `num_blocks` pages, one after the other. A page keeps vLLM's size but orders its bytes
+token-major, K before V:
+
+    page b  =  [ K: block_size, heads, head_size ][ V: block_size, heads, head_size ]
+
+so that both halves are the `[block_size, heads, head_size]` blocks that torch_npu's paged operators
+take. Those operators want K and V as two contiguous tensors of one shape. Seen as half-pages the layer
+is one contiguous row K0 V0 K1 V1 ..., and two windows on it, one half-page apart, are just that:
+
+    half-pages     K0 V0 K1 V1 ... Kn Vn
+    key_cache     [K0 V0 K1 V1 ... Kn]
+    value_cache      [V0 K1 V1 ... Kn Vn]
+
+Entry 2 * b of both windows is block b, so one block table (entries 2 * b) and one slot mapping
+(slots 2 * b * block_size + offset) serve K and V alike, no byte is copied, and everything vLLM does with
+whole pages (zeroing, copying, lending them to another cache group) stays true.
+
+vLLM describes a layer as a view [num_blocks, heads, block_size, content], where content is K and V of
+one token and head. Of that view this plugin keeps the pages and ignores the order inside a page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+LAYOUT_NAME = "token-major"
+"""How a peer is told the order of bytes in a page; equal names mean equal order."""
+
+HALVES = 2
+"""A page has two halves: K, then V."""
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where the KV of `num_heads` heads lies in one page of one layer. All sizes in bytes are exact."""
+
+    block_size: int
+    """Tokens per page."""
+    num_heads: int
+    """KV heads that the page holds."""
+    head_size: int
+    """Elements of K of one token and head; V has as many."""
+    itemsize_bytes: int
+    """Bytes of one element."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of K (or V) of one token and head."""
+        return self.head_size * self.itemsize_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K (or V) of one token, all heads: the distance from token to token."""
+        return self.num_heads * self.head_bytes
+
+    @property
+    def half_bytes(self) -> int:
+        """Bytes of K (or V) of one page: the distance from K to V."""
+        return self.block_size * self.row_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: the distance from block to block."""
+        return HALVES * self.half_bytes
+
+    def with_heads(self, num_heads: int) -> PageLayout:
+        """The same page for another number of heads."""
+        return PageLayout(self.block_size, num_heads, self.head_size, self.itemsize_bytes)
+
+
+def page_layout(kv_cache: torch.Tensor) -> PageLayout:
+    """The layout of one layer, given as vLLM's view [num_blocks, heads, block_size, 2 * head_size].
+
+    Raises ValueError if the view is not a row of whole pages.
+    """
+    _check_pages(kv_cache)
+    _, num_heads, block_size, content = kv_cache.shape
+    return PageLayout(block_size, num_heads, content // HALVES, kv_cache.element_size())
+
+
+def half_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """All half-pages of a layer in memory order: [2 * num_blocks, block_size, heads, head_size].
+
+    `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. Shares memory with it.
+    Raises ValueError if the view is not a row of whole pages.
+    """
+    _check_pages(kv_cache)
+    num_blocks, num_heads, block_size, content = kv_cache.shape
+    return kv_cache.view(HALVES * num_blocks, block_size, num_heads, content // HALVES)
+
+
+def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(key_cache, value_cache)` of a layer, for operators that take block table entries of 2 * block.
+
+    `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. Both results are
+    contiguous, [2 * num_blocks - 1, block_size, heads, head_size], and share memory with it and each other:
+    the value cache starts one half-page after the key cache. Raises ValueError if the view is not a row of
+    whole pages.
+    """
+    halves = half_pages(kv_cache)
+    return halves[:-1], halves[1:]
+
+
+def operator_block(block: int) -> int:
+    """The entry in an operator's block table that stands for `block` in the caches of `split_pages`."""
+    return HALVES * block
+
+
+def _check_pages(kv_cache: torch.Tensor) -> None:
+    if kv_cache.dim() != 4 or kv_cache.shape[3] % HALVES != 0:
+        raise ValueError(
+            f"a layer's KV cache must be a view [num_blocks, heads, block_size, 2 * head_size], "
+            f"got shape {list(kv_cache.shape)}"
+        )
+    if not kv_cache.is_contiguous():
+        raise ValueError(
+            f"a layer's KV cache must be contiguous, which vLLM's layout LBHNC is; got strides "
+            f"{list(kv_cache.stride())} for shape {list(kv_cache.shape)}: set VLLM_KV_CACHE_LAYOUT=LBHNC or leave it unset"
+        )
