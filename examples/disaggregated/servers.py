@@ -30,7 +30,7 @@ class ServerFailed(Exception):
 
 @dataclass
 class Server:
-    """One process group with an HTTP port: `start`, `wait_ready`, `stop`; a context manager does all three."""
+    """One process group with an HTTP port: `start`, `wait_ready`, `stop`; a context manager does all."""
 
     name: str
     command: Sequence[str]
