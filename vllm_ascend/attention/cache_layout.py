@@ -25,10 +25,16 @@ one token and head. Of that view this plugin keeps the pages and ignores the ord
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
+
+Block = TypeVar("Block", int, "torch.Tensor")
+"""One block id, or a tensor of them."""
 
 LAYOUT_NAME = "token-major"
 """How a peer is told the order of bytes in a page; equal names mean equal order."""
@@ -74,6 +80,12 @@ class PageLayout:
         """The same page for another number of heads."""
         return PageLayout(self.block_size, num_heads, self.head_size, self.itemsize_bytes)
 
+    def row_offsets(self, head: int) -> npt.NDArray[np.int64]:
+        """Where `head` of each token begins in the page, in bytes: K of all tokens, then V of all tokens."""
+        halves = np.arange(HALVES, dtype=np.int64) * self.half_bytes
+        rows = np.arange(self.block_size, dtype=np.int64) * self.row_bytes
+        return np.add.outer(halves, rows).reshape(-1) + head * self.head_bytes
+
 
 def page_layout(kv_cache: torch.Tensor) -> PageLayout:
     """The layout of one layer, given as vLLM's view [num_blocks, heads, block_size, 2 * head_size].
@@ -88,8 +100,8 @@ def page_layout(kv_cache: torch.Tensor) -> PageLayout:
 def half_pages(kv_cache: torch.Tensor) -> torch.Tensor:
     """All half-pages of a layer in memory order: [2 * num_blocks, block_size, heads, head_size].
 
-    `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. Shares memory with it.
-    Raises ValueError if the view is not a row of whole pages.
+    `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. The result shares
+    memory with it. Raises ValueError if the view is not a row of whole pages.
     """
     _check_pages(kv_cache)
     num_blocks, num_heads, block_size, content = kv_cache.shape
@@ -108,7 +120,7 @@ def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return halves[:-1], halves[1:]
 
 
-def operator_block(block: int) -> int:
+def operator_block(block: Block) -> Block:
     """The entry in an operator's block table that stands for `block` in the caches of `split_pages`."""
     return HALVES * block
 
@@ -121,6 +133,6 @@ def _check_pages(kv_cache: torch.Tensor) -> None:
         )
     if not kv_cache.is_contiguous():
         raise ValueError(
-            f"a layer's KV cache must be contiguous, which vLLM's layout LBHNC is; got strides "
-            f"{list(kv_cache.stride())} for shape {list(kv_cache.shape)}: set VLLM_KV_CACHE_LAYOUT=LBHNC or leave it unset"
+            f"a layer's KV cache must be contiguous, which it is in vLLM's layout LBHNC; got strides "
+            f"{list(kv_cache.stride())} for shape {list(kv_cache.shape)}: unset VLLM_KV_CACHE_LAYOUT"
         )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's attention selector asks before it takes this backend: types, sizes, layouts.
+
+A feature that is not listed here (ALiBi, soft caps, sinks, encoders, FP8 caches) is refused by name: by the
+selector, or by the implementation where the selector does not ask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+if TYPE_CHECKING:
+    from vllm.config.cache import CacheDType
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    from vllm_ascend.attention.grouped import GroupedAttention
+    from vllm_ascend.attention.metadata import GroupedAttentionMetadataBuilder
+
+PREFERRED_BLOCK_SIZE = 128
+"""Tokens per block for which the paged operators are made."""
+MAX_BLOCK_SIZE = 1024
+MAX_HEAD_SIZE = 512
+BLOCK_SIZE_STEP = HEAD_SIZE_STEP = 16
+
+
+class GroupedAttentionBackend(AttentionBackend):
+    """Multi-head and grouped-query attention over paged KV; CUSTOM in vLLM's registry of backends."""
+
+    # The device has the last word on float32: NPUPlatform.check_if_supports_dtype.
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    # The store needs slots as its operators count them, which the metadata has.
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[GroupedAttention]:
+        from vllm_ascend.attention.grouped import GroupedAttention
+
+        return GroupedAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[GroupedAttentionMetadataBuilder]:
+        from vllm_ascend.attention.metadata import GroupedAttentionMetadataBuilder
+
+        return GroupedAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_STEP)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or (block_size % BLOCK_SIZE_STEP == 0 and block_size <= MAX_BLOCK_SIZE)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return PREFERRED_BLOCK_SIZE
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % HEAD_SIZE_STEP == 0 and head_size <= MAX_HEAD_SIZE
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
+        return (KVCacheLayout.LBHNC,)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NPUWorker: vLLM's worker on an NPU. Only what differs is here: how the device is opened."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import MemorySnapshot
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.utils import request_memory
+
+from vllm_ascend.ops import activation, rotary
+from vllm_ascend.worker.model_runner import NPUModelRunner
+
+
+class NPUWorker(Worker):
+    """One process, one NPU, one shard of the model."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+    ) -> None:
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+        # Before the model is built, which looks the layers up.
+        activation.register()
+        rotary.register()
+
+    def init_device(self) -> None:
+        """Open this rank's NPU, join the process groups, and note how much memory is free.
+
+        Raises ConfigError if the device does not take the model's dtype.
+        """
+        index = current_platform.logical_device_id_to_visible_device_id(self._device_index_on_host())
+        self.device = torch.device("npu", index)
+        current_platform.set_device(self.device)
+        assert isinstance(self.model_config.dtype, torch.dtype)
+        current_platform.check_if_supports_dtype(self.model_config.dtype)
+        # Before memory is measured: what HCCL takes is not free for KV.
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch.accelerator.empty_cache()
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        self._init_workspace_and_model_runner()
+
+    def _device_index_on_host(self) -> int:
+        """Data-parallel engines of one host take their NPUs one after the other."""
+        parallel = self.parallel_config
+        if parallel.distributed_executor_backend in ("ray", "external_launcher"):
+            return self.local_rank
+        return (parallel.data_parallel_rank_local or 0) * parallel.world_size + self.local_rank
+
+    def _make_model_runner(self) -> NPUModelRunner:
+        assert self.device is not None
+        return NPUModelRunner(self.vllm_config, self.device)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
+        """No memory pools: they are for sleep mode, which vLLM refuses on this platform."""
+        return nullcontext()
