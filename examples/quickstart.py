@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 HERE = Path(__file__).parent
 MODEL = HERE / "recall_model"
 sys.path[:0] = [str(HERE / "disaggregated"), str(MODEL)]
@@ -147,11 +145,7 @@ def _complete(server: Server, question: Question) -> dict[str, Any]:
         "temperature": 0,
         "ignore_eos": True,
     }
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
-    if answer.is_error:
-        raise ServerFailed(f"{server.name} answered {answer.status_code}: {answer.text}\n{server.log_end()}")
-    parsed: dict[str, Any] = answer.json()
-    return parsed
+    return server.post("/v1/completions", body)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PROXY = Path(__file__).with_name("proxy.py")
 
 
 class ServerFailed(Exception):
-    """A server ended, or did not answer in time; the message has the end of its log."""
+    """A server ended, answered with an error, or not in time; the message has the end of its log."""
 
 
 @dataclass
@@ -73,6 +73,14 @@ class Server:
             return httpx.get(f"{self.url}/health", timeout=2).is_success
         except httpx.TransportError:
             return False
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
+        """The JSON answer to `body`; raises ServerFailed on any status that is an error."""
+        answer = httpx.post(self.url + path, json=body, timeout=timeout_s)
+        if answer.is_error:
+            raise ServerFailed(f"{self.name} answered {answer.status_code}: {answer.text}\n{self.log_end()}")
+        parsed: dict[str, Any] = answer.json()
+        return parsed
 
     def wait_ready(self) -> Self:
         wait_all([self], tell=lambda _: None)

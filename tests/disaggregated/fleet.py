@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real `vllm serve` processes on emulated devices, the real router, the recall model; one start, many tests."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from recall import Question
+from servers import Server, engine, router, wait_all
+
+MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
+NUM_BLOCKS = 80
+
+
+def connector(role: str, **more: Any) -> dict[str, Any]:
+    """A `--kv-transfer-config` on any free port."""
+    return {"kv_connector": "MooncakeConnectorV1", "kv_role": role, "kv_port": 0} | more
+
+
+def engine_options(block_size: int) -> tuple[str, ...]:
+    return (
+        *("--block-size", str(block_size), "--max-model-len", "1024"),
+        *("--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-num-seqs", "16"),
+    )
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A prefill engine, a decode engine, the router before them, and one ordinary engine to compare with."""
+
+    block_size: int
+    prefill: Server
+    decode: Server
+    front: Server
+    ordinary: Server
+
+    @property
+    def servers(self) -> list[Server]:
+        return [self.prefill, self.decode, self.ordinary, self.front]
+
+
+def start_fleet(log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int) -> Iterator[Fleet]:
+    """Start a fleet, yield it, stop every process of it."""
+    options = engine_options(block_size)
+
+    def serve(name: str, devices: Sequence[int], role: str | None = None) -> Server:
+        config = None if role is None else connector(role)
+        return engine(
+            name, MODEL, devices=devices, log_dir=log_dir, kv_transfer_config=config, options=options
+        )
+
+    prefill = serve("prefill", range(prefill_tp), "kv_producer")
+    decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer")
+    ordinary = serve("ordinary", [7])
+    fleet = Fleet(block_size, prefill, decode, router([prefill], [decode], log_dir), ordinary)
+    try:
+        for server in fleet.servers:
+            server.start()
+        wait_all(fleet.servers, tell=lambda _: None)
+        yield fleet
+    finally:
+        for server in fleet.servers:
+            server.stop()
+
+
+def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:
+    """The server's answer to a question, greedy, to its full length."""
+    return server.post("/v1/completions", body(question, **more))
+
+
+def body(question: Question, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(MODEL),
+        "prompt": question.prompt,
+        "max_tokens": question.num_answer_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    } | more
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    text: str = answer["choices"][0]["text"]
+    return text
+
+
+def blocks_in_use(server: Server) -> float:
+    """Blocks that requests of the server hold now, by its own metric."""
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith("vllm:kv_cache_usage_perc"):
+            return round(float(line.split()[-1]) * (NUM_BLOCKS - 1), 3)
+    raise AssertionError(f"{server.name} shows no vllm:kv_cache_usage_perc")
