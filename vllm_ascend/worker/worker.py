@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NPUWorker: vLLM's worker on an NPU. Only what differs is here: how the device is opened."""
+"""NPUWorker: vLLM's worker on an NPU. Only what differs is here: how the device is opened and warmed up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.mem_utils import MemorySnapshot
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.utils import request_memory
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_ascend.ops import activation, rotary
 from vllm_ascend.worker.model_runner import NPUModelRunner
@@ -58,6 +60,24 @@ class NPUWorker(Worker):
         self.init_snapshot = MemorySnapshot(device=self.device)
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Run model and sampler once at full batch, so that their memory is taken; nothing is compiled.
+
+        Not vLLM's: that one goes on to warm up other devices' kernels, whose modules need torchvision.
+        """
+        scheduler = self.scheduler_config
+        hidden_states, last_hidden_states = self.model_runner._dummy_run(
+            num_tokens=min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens), skip_eplb=True
+        )
+        if self.model_runner.is_pooling_model:
+            self.model_runner._dummy_pooler_run(hidden_states)
+        else:
+            self.model_runner._dummy_sampler_run(hidden_states=last_hidden_states)
+        # Dummy runs draw random numbers; requests start from the seed.
+        set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
+        freeze_gc_heap()
+        return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def _device_index_on_host(self) -> int:
         """Data-parallel engines of one host take their NPUs one after the other."""

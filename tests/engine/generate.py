@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs engines one after the other in a process of its own: `generate.py JOBS RESULTS`, two JSON files.
+
+A job is a model, options for `vllm.LLM`, and batches of prompts (token ids) that one engine gets in turn. The
+answer holds, for each batch and prompt, the tokens, the log-probability of each, and how many prompt tokens
+came from the prefix cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    model: str
+    options: dict[str, Any]
+    batches: list[list[list[int]]]
+    num_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    log_probabilities: list[float]
+    num_cached_tokens: int
+
+
+def main(jobs: Path, results: Path) -> None:
+    # Engine and first worker in this process: nothing is imported twice.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    answers = [run(Job(**job)) for job in json.loads(jobs.read_text())]
+    results.write_text(json.dumps([[[asdict(a) for a in batch] for batch in job] for job in answers]))
+
+
+def run(job: Job) -> list[list[Answer]]:
+    """Start an engine for the job, ask it everything, stop it."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm = LLM(job.model, skip_tokenizer_init=True, **job.options)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job.num_new_tokens, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    answers = []
+    for batch in job.batches:
+        prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+        answers.append([_answer(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return answers
+
+
+def _answer(request: Any) -> Answer:
+    output = request.outputs[0]
+    chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return Answer(list(output.token_ids), chosen, request.num_cached_tokens)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

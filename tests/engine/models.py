@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models with random weights, and prompts for them: what the engine is compared with transformers on.
+
+Weights are drawn wide enough that a greedy continuation wanders through the vocabulary and depends on every
+token of its prompt; with the usual width it would repeat one token, and any two engines would agree.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB_SIZE = 512
+NUM_NEW_TOKENS = 64
+PROMPT_LENGTHS = (3, 16, 33, 64, 100, 129, 200, 257)
+"""Around the ends of blocks of 16, 32 and 128 tokens, and beyond a batch of 96."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model; `config` names a configuration class of transformers, `sizes` fill it."""
+
+    config: str
+    block_size: int | None
+    """Tokens per KV block in the engine; None is the engine's choice."""
+    sizes: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint: float32, the same weights every time."""
+        torch.manual_seed(20)
+        config = getattr(transformers, self.config)(
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=512,
+            num_hidden_layers=3,
+            initializer_range=0.25,
+            bos_token_id=None,
+            eos_token_id=None,
+            **self.sizes,
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            # Biases start as zeros and norms as ones, which would hide an engine that leaves them out.
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.25)
+        model.save_pretrained(folder)
+
+
+MODELS = {
+    "llama": Tiny(
+        "LlamaConfig",
+        None,
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "qwen2": Tiny(
+        "Qwen2Config",
+        16,
+        {
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": Tiny(
+        "Qwen3Config",
+        32,
+        {
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "head_dim": 32,
+        },
+    ),
+}
+
+
+def random_prompts(seed: int) -> list[list[int]]:
+    """One prompt of every length in PROMPT_LENGTHS."""
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+def greedy_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers generates in float32 on the CPU, NUM_NEW_TOKENS for each prompt."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs = []
+    for prompt in prompts:
+        inputs = torch.tensor([prompt])
+        tokens = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=NUM_NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        outputs.append(tokens[0, len(prompt) :].tolist())
+    return outputs
+
+
+def log_probabilities(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[float]]:
+    """Of each output token after what precedes it: float32 arithmetic on weights rounded to bfloat16."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
+    results = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None])
+        results.append(chosen[:, 0].tolist())
+    return results

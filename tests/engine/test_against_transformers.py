@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine generates what transformers generates, with chunked prefill, prefix caching and TP 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Answers
+from models import MODELS, NUM_NEW_TOKENS, greedy_tokens, log_probabilities
+
+COLD, WARM = 0, 1
+BFLOAT16_TOLERANCE = 0.15
+"""Of a log-probability: three layers of bfloat16 activations, 8 bits each, against float32."""
+
+
+@pytest.fixture(scope="session")
+def references(checkpoints: dict[str, Path], prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    return {name: greedy_tokens(folder, prompts) for name, folder in checkpoints.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_references_cannot_be_met_by_accident(
+    name: str, references: dict[str, list[list[int]]], checkpoints: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    tokens = references[name]
+    assert all(len(set(output)) > NUM_NEW_TOKENS // 2 for output in tokens)
+    assert len({tuple(output) for output in tokens}) == len(tokens)
+    one_token_off = [[(prompt[0] + 1) % 512, *prompt[1:]] for prompt in prompts]
+    assert all(a != b for a, b in zip(tokens, greedy_tokens(checkpoints[name], one_token_off), strict=True))
+
+
+@pytest.mark.parametrize("batch", [pytest.param(COLD, id="cold"), pytest.param(WARM, id="prefixes cached")])
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"TP {size}")
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_transformers(
+    name: str,
+    size: int,
+    batch: int,
+    references: dict[str, list[list[int]]],
+    float32_answers: dict[int, Answers],
+) -> None:
+    assert [answer.tokens for answer in float32_answers[size][name][batch]] == references[name]
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"TP {size}")
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        pytest.param("llama", [0, 0, 0, 0, 0, 128, 128, 256], id="blocks of 128, the engine's choice"),
+        pytest.param("qwen2", [0, 0, 32, 48, 96, 128, 192, 256], id="blocks of 16"),
+        pytest.param("qwen3", [0, 0, 32, 32, 96, 128, 192, 256], id="blocks of 32"),
+    ],
+)
+def test_whole_blocks_of_a_known_prompt_come_from_the_cache(
+    name: str, cached: list[int], size: int, float32_answers: dict[int, Answers]
+) -> None:
+    batches = float32_answers[size][name]
+    assert [answer.num_cached_tokens for answer in batches[COLD]] == [0] * len(cached)
+    assert [answer.num_cached_tokens for answer in batches[WARM]] == cached
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_log_probabilities_are_near_those_of_transformers(
+    name: str, checkpoints: dict[str, Path], prompts: list[list[int]], bfloat16_answers: Answers
+) -> None:
+    (answers,) = bfloat16_answers[name]
+    expected = log_probabilities(checkpoints[name], prompts, [answer.tokens for answer in answers])
+    for answer, values in zip(answers, expected, strict=True):
+        assert answer.log_probabilities == pytest.approx(values, abs=BFLOAT16_TOLERANCE)
