@@ -12,11 +12,10 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/from_blob.h>
 
-#include <acl/acl_rt.h>
+#include <acl/acl.h>
 
 #include "../runtime/stream.h"
 #include "tensors.h"
-#include "torch_npu/csrc/core/npu/NPUException.h"
 #include "torch_npu/csrc/core/npu/NPUStream.h"
 
 namespace ascend_emulator::aten {
@@ -38,6 +37,10 @@ struct Memory {
   c10::ScalarType dtype;
 };
 
+void Check(aclError code, const char* call) {
+  TORCH_CHECK(code == ACL_SUCCESS, call, " failed with error code ", code, ": ", aclGetRecentErrMsg());
+}
+
 bool IsOneRun(const at::Tensor& target, const at::Tensor& source) {
   return target.scalar_type() == source.scalar_type() && target.strides() == source.strides() &&
          target.is_non_overlapping_and_dense() && target.is_conj() == source.is_conj() &&
@@ -55,16 +58,18 @@ void CopyNow(const at::Tensor& target, const at::Tensor& source) {
     OnHost(target).copy_(OnHost(source));
     return;
   }
-  NPU_CHECK_ERROR(aclrtMemcpy(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(), source.nbytes(),
-                              KindOf(target, source)));
+  Check(aclrtMemcpy(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(), source.nbytes(),
+                    KindOf(target, source)),
+        "aclrtMemcpy");
 }
 
 void CopyOnStream(const at::Tensor& target, const at::Tensor& source) {
   // The conversion waits until torch_npu's task queue has handed its tasks over, so that this one follows them.
   aclrtStream stream = c10_npu::getCurrentNPUStream();
   if (IsOneRun(target, source)) {
-    NPU_CHECK_ERROR(aclrtMemcpyAsync(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(),
-                                     source.nbytes(), KindOf(target, source), stream));
+    Check(aclrtMemcpyAsync(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(), source.nbytes(),
+                           KindOf(target, source), stream),
+          "aclrtMemcpyAsync");
     return;
   }
   Stream::From(stream).Enqueue([to = Memory(target), from = Memory(source)] { to.View().copy_(from.View()); });
