@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kv_connector_extra_config: what is accepted, what it becomes, what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_ascend.errors import ConfigError
+from vllm_ascend.kv_transfer.config import Options, Sizes, check_sizes, parse_options
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        pytest.param({}, Options(), id="nothing said: the defaults"),
+        pytest.param(
+            {"prefill": {"dp_size": 2, "tp_size": 8}, "decode": {"dp_size": 4, "tp_size": 4}},
+            Options(prefill=Sizes(tp_size=8, dp_size=2), decode=Sizes(tp_size=4, dp_size=4)),
+            id="sizes as vllm-ascend's deployments give them",
+        ),
+        pytest.param(
+            {"use_ascend_direct": True}, Options(protocol="ascend"), id="ascend direct is a protocol"
+        ),
+        pytest.param({"use_ascend_direct": False}, Options(), id="no ascend direct says nothing"),
+        pytest.param(
+            {
+                "lease_s": 5,
+                "reader_threads": 4,
+                "peer_timeout_s": 0.5,
+                "protocol": "rdma",
+                "host": "10.0.0.1",
+            },
+            Options(protocol="rdma", host="10.0.0.1", lease_s=5.0, reader_threads=4, peer_timeout_s=0.5),
+            id="every option",
+        ),
+    ],
+)
+def test_accepted(extra, expected):
+    assert parse_options(extra) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        pytest.param(
+            {"protocoll": "tcp"}, "has 'protocoll', which MooncakeConnectorV1 does not know", id="typo"
+        ),
+        pytest.param(
+            {"protocol": "smoke"}, "protocol must be one of tcp, rdma, ascend", id="unknown protocol"
+        ),
+        pytest.param({"lease_s": 0}, "lease_s must be a number of seconds above 0", id="no lease at all"),
+        pytest.param({"lease_s": "30"}, "lease_s must be a number of seconds", id="seconds as text"),
+        pytest.param({"lease_s": True}, "lease_s must be a number of seconds", id="seconds as a flag"),
+        pytest.param({"reader_threads": 0}, "reader_threads must be an integer from 1 to 64", id="no reader"),
+        pytest.param({"host": 5}, "host must be an address", id="host as a number"),
+        pytest.param({"prefill": 8}, "prefill must be like", id="sizes as a number"),
+        pytest.param({"prefill": {"pp_size": 2}}, "prefill must be like", id="a size that nobody checks"),
+        pytest.param({"decode": {"tp_size": 0}}, r"decode\.tp_size must be a positive integer", id="size 0"),
+        pytest.param(
+            {"use_ascend_direct": True, "protocol": "tcp"},
+            "use_ascend_direct asks for protocol 'ascend' and protocol is 'tcp'",
+            id="two protocols",
+        ),
+        pytest.param(
+            {"use_ascend_direct": "yes"}, "use_ascend_direct must be true or false", id="a flag as text"
+        ),
+    ],
+)
+def test_refused(extra, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(extra)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        pytest.param(Sizes(), None, id="nothing said"),
+        pytest.param(Sizes(tp_size=4, dp_size=1), None, id="right"),
+        pytest.param(
+            Sizes(tp_size=8),
+            "kv_connector_extra_config says prefill.tp_size is 8, but that engine runs with 4; correct it, "
+            "or leave 'prefill' out: sizes are learned from the peer",
+            id="wrong",
+        ),
+    ],
+)
+def test_sizes_that_were_configured_are_checked(said, complaint):
+    assert check_sizes(said, Sizes(tp_size=4, dp_size=1), "prefill") == complaint

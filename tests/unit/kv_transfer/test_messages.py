@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels between engines, and what is refused before it is understood."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from vllm_ascend.errors import TopologyError, WireError
+from vllm_ascend.kv_transfer.messages import (
+    AskForEngine,
+    CacheDescription,
+    Done,
+    DoneNoted,
+    Engine,
+    Parallel,
+    RankRegions,
+    Refused,
+    Release,
+    Renew,
+    Renewed,
+    check_same_cache,
+    decode_answer,
+    decode_question,
+    encode,
+)
+
+CACHE = CacheDescription(
+    model="m",
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=64,
+    vocab_size=100,
+    num_kv_heads=4,
+    head_size=16,
+    cache_dtype="bfloat16",
+    layout="token-major",
+    block_size=128,
+    kernel_block_size=128,
+)
+
+RANK = RankRegions(
+    tp_rank=0, pp_rank=0, session="h:1", num_blocks=3, page_bytes=64, layers=("a", "b"), addresses=(1, 2)
+)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        AskForEngine(),
+        Renew(engine_id="e", request_ids=("a", "b")),
+        Done(engine_id="e", request_id="a", reader="d/0", num_readers=2),
+        Release(engine_id="e", request_ids=("a",)),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_questions_arrive_as_they_were_sent(question):
+    assert decode_question(list(encode(question))) == question
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Engine(
+            engine_id="e",
+            protocol="tcp",
+            cache=CACHE,
+            parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+            ranks=(RANK,),
+        ),
+        Renewed(lost=("a",)),
+        DoneNoted(held=True),
+        Refused(reason="no"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_answers_arrive_as_they_were_sent(answer):
+    assert decode_answer(list(encode(answer))) == answer
+
+
+def test_another_version_is_refused_by_name_before_its_body_is_read():
+    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/1'"):
+        decode_question([b"vllm-ascend-kv/7", b"not msgpack at all"])
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param([], id="no frame"),
+        pytest.param([b"vllm-ascend-kv/1"], id="one frame"),
+        pytest.param([b"vllm-ascend-kv/1", b"", b""], id="three frames"),
+        pytest.param([b"vllm-ascend-kv/1", b""], id="an empty body"),
+        pytest.param([b"vllm-ascend-kv/1", b"\xc1garbage"], id="no msgpack"),
+        pytest.param([b"vllm-ascend-kv/1", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
+        pytest.param([b"vllm-ascend-kv/1", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
+        pytest.param(
+            [
+                b"vllm-ascend-kv/1",
+                msgspec.msgpack.encode({"type": "Renew", "engine_id": "e", "request_ids": ["x" * 2000]}),
+            ],
+            id="a name that is too long",
+        ),
+        pytest.param(
+            [
+                b"vllm-ascend-kv/1",
+                msgspec.msgpack.encode(
+                    {"type": "Done", "engine_id": "e", "request_id": "a", "reader": "r", "num_readers": 0}
+                ),
+            ],
+            id="no readers at all",
+        ),
+    ],
+)
+def test_malformed_questions_are_refused(frames):
+    with pytest.raises(WireError):
+        decode_question(frames)
+
+
+def test_every_field_that_differs_is_named_with_both_values():
+    other = msgspec.structs.replace(CACHE, head_size=128, cache_dtype="float16")
+    with pytest.raises(TopologyError) as error:
+        check_same_cache(other, CACHE, peer="p@h:1")
+    assert str(error.value) == (
+        "prefill engine p@h:1 cannot feed this engine: head_size is 128 there and 16 here; cache_dtype is "
+        "'float16' there and 'bfloat16' here; start both with the same model, --dtype, --kv-cache-dtype and "
+        "--block-size"
+    )
+
+
+def test_equal_caches_pass():
+    check_same_cache(CACHE, msgspec.structs.replace(CACHE), peer="p")

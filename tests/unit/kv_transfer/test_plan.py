@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which bytes are read: hand-written ranges for small pages, and laws over every valid pair of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.errors import ReadFailed, TopologyError
+from vllm_ascend.kv_transfer.blocks import BlockRuns, neighbours
+from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
+from vllm_ascend.kv_transfer.topology import Span, first_turn, heads_on
+from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
+
+HEAD_BYTES = 4
+"""Head size 2, two bytes per element."""
+
+
+def rank_memory(heads: tuple[int, int], base: int, num_blocks: int = 8, layers: int = 1) -> RankMemory:
+    """Two tokens per block, so K of one head and block is 8 bytes and a page of one head is 16."""
+    page = PageLayout(block_size=2, num_heads=heads[1] - heads[0], head_size=2, itemsize_bytes=2)
+    return RankMemory(
+        heads=Span(*heads),
+        page=page,
+        num_blocks=num_blocks,
+        layers=tuple(f"layer.{i}" for i in range(layers)),
+        addresses=tuple(Address(base + i * num_blocks * page.page_bytes) for i in range(layers)),
+    )
+
+
+def runs_of(*pairs: tuple[int, int]) -> BlockRuns:
+    remote, local = zip(*pairs, strict=True)
+    return neighbours(np.array(remote, dtype=np.int64), np.array(local, dtype=np.int64), longest=100)
+
+
+def ranges(plan: PairPlan, runs: BlockRuns) -> list[tuple[int, int, int, int]]:
+    return [
+        (rank, int(remote), int(local), int(num_bytes))
+        for rank, copies in plan.copies(runs)
+        for remote, local, num_bytes in zip(copies.remote, copies.local, copies.num_bytes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("local", "prefill", "pairs", "expected"),
+    [
+        pytest.param(
+            rank_memory((0, 2), 1000),
+            [rank_memory((0, 2), 5000)],
+            [(3, 1)],
+            [(0, 5096, 1032, 32)],
+            id="same heads, one block: the page of 32 bytes in one range",
+        ),
+        pytest.param(
+            rank_memory((0, 2), 1000),
+            [rank_memory((0, 2), 5000)],
+            [(3, 1), (4, 2), (6, 3)],
+            [(0, 5096, 1032, 64), (0, 5192, 1096, 32)],
+            id="same heads: neighbouring blocks are one range",
+        ),
+        pytest.param(
+            rank_memory((0, 2), 1000, layers=2),
+            [rank_memory((0, 2), 5000, layers=2)],
+            [(0, 0)],
+            [(0, 5000, 1000, 32), (0, 5256, 1256, 32)],
+            id="same heads, two layers: a range each",
+        ),
+        pytest.param(
+            rank_memory((0, 2), 1000),
+            [rank_memory((0, 1), 5000), rank_memory((1, 2), 6000)],
+            [(3, 1)],
+            [(0, 5048, 1032, 16), (1, 6048, 1048, 16)],
+            id="two ranks of one head: each fills half of the page",
+        ),
+        pytest.param(
+            rank_memory((0, 2), 1000),
+            [rank_memory((0, 1), 5000), rank_memory((1, 2), 6000)],
+            [(3, 1), (4, 2)],
+            [(0, 5048, 1032, 32), (1, 6048, 1064, 32)],
+            id="two ranks, a run of two blocks: each fills half of the run",
+        ),
+        pytest.param(
+            rank_memory((1, 2), 1000),
+            [rank_memory((0, 2), 5000)],
+            [(0, 0)],
+            [(0, 5004, 1000, 4), (0, 5012, 1004, 4), (0, 5020, 1008, 4), (0, 5028, 1012, 4)],
+            id="one head of two: K of each token, then V of each token",
+        ),
+        pytest.param(
+            rank_memory((3, 6), 1000),
+            [rank_memory((0, 2), 5000), rank_memory((2, 4), 6000), rank_memory((4, 6), 7000)],
+            [(0, 0)],
+            [
+                *[(1, 6004, 1000, 4), (1, 6012, 1012, 4), (1, 6020, 1024, 4), (1, 6028, 1036, 4)],
+                *[(2, 7000, 1004, 8), (2, 7008, 1016, 8), (2, 7016, 1028, 8), (2, 7024, 1040, 8)],
+            ],
+            id="three ranks to two: rows of one head from one rank and of two from the next",
+        ),
+    ],
+)
+def test_ranges(local, prefill, pairs, expected):
+    runs = runs_of(*pairs)
+    plan = plan_pair(local, prefill, turn=0)
+    assert ranges(plan, runs) == expected
+    prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
+
+
+def test_layers_are_read_from_the_stage_that_stores_them():
+    local = rank_memory((0, 1), 1000, layers=2)
+    first = dataclasses.replace(rank_memory((0, 1), 5000), layers=("layer.0",))
+    second = dataclasses.replace(rank_memory((0, 1), 6000), layers=("layer.1",))
+    plan = plan_pair(local, [first, second], turn=0)
+    assert ranges(plan, runs_of((2, 0))) == [(0, 5032, 1000, 16), (1, 6032, 1128, 16)]
+
+
+def test_shares_of_a_run_land_source_after_source():
+    # Local blocks 4, 5 are one run and 9 another; two shares per page.
+    assert share_positions(runs_of((0, 4), (1, 5), (7, 9)), shares=2).tolist() == [[8, 10], [9, 11], [18, 19]]
+
+
+def test_a_layer_that_prefill_does_not_store_is_refused_by_name():
+    with pytest.raises(TopologyError, match=r"layer layer\.1 is stored by 0 pipeline stages"):
+        plan_pair(rank_memory((0, 1), 1000, layers=2), [rank_memory((0, 1), 5000)], turn=0)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        pytest.param((8, 0), "blocks 8 to 8 were asked of prefill rank 0", id="remote block past the end"),
+        pytest.param((-1, 0), "blocks -1 to -1 were asked of prefill rank 0", id="negative remote block"),
+        pytest.param((0, 8), "blocks 8 to 8 were asked of this engine", id="local block past the end"),
+    ],
+)
+def test_blocks_outside_the_cache_are_never_read(pair, message):
+    plan = plan_pair(rank_memory((0, 2), 1000), [rank_memory((0, 2), 5000)], turn=0)
+    with pytest.raises(ReadFailed, match=message):
+        plan.copies(runs_of(pair))
+
+
+@pytest.mark.parametrize(
+    ("local_start", "num_bytes", "flaw"),
+    [
+        pytest.param([1032, 1048], [16, 8], "complete: False", id="a byte is missing"),
+        pytest.param([1032, 1040], [16, 16], "disjoint: False", id="a byte is written twice"),
+        pytest.param([1032, 1064], [16, 16], "inside: False", id="a byte of another block is written"),
+        pytest.param([1016, 1048], [32, 0], "inside: False", id="a range begins in another block"),
+    ],
+)
+def test_a_plan_that_does_not_cover_is_not_run(local_start, num_bytes, flaw):
+    copies = Copies(np.zeros(2, np.int64), np.array(local_start), np.array(num_bytes))
+    with pytest.raises(ReadFailed, match=flaw):
+        prove_cover(rank_memory((0, 2), 1000), runs_of((3, 1)), [copies])
+
+
+def test_a_block_listed_twice_is_not_run():
+    local = rank_memory((0, 2), 1000)
+    runs = runs_of((3, 1), (5, 1))
+    plan = plan_pair(local, [rank_memory((0, 2), 5000)], turn=0)
+    with pytest.raises(ReadFailed, match="blocks distinct: False"):
+        prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
+
+
+# Laws, on real memory.
+
+BLOCK_SIZE, NUM_BLOCKS, LAYERS = 2, 6, 2
+UNTOUCHED = 0xEE
+
+
+class Cache:
+    """One rank's cache: bytes [layer, block, K/V, token, head, byte] that hold `content`."""
+
+    def __init__(self, heads: Span, content: np.ndarray) -> None:
+        self.bytes = np.ascontiguousarray(content)
+        page = PageLayout(BLOCK_SIZE, len(heads), head_size=2, itemsize_bytes=2)
+        layer_bytes = NUM_BLOCKS * page.page_bytes
+        assert self.bytes.nbytes == LAYERS * layer_bytes
+        self.region = Region(Address(self.bytes.ctypes.data), self.bytes.nbytes)
+        self.memory = RankMemory(
+            heads,
+            page,
+            NUM_BLOCKS,
+            tuple(f"layer.{i}" for i in range(LAYERS)),
+            tuple(Address(self.bytes.ctypes.data + i * layer_bytes) for i in range(LAYERS)),
+        )
+
+
+def regrouped(cache: Cache, runs: BlockRuns, shares: int) -> np.ndarray:
+    """What a regroup has to do, written with plain indexing."""
+    result = cache.bytes.copy()
+    heads = len(cache.memory.heads)
+    pieces = cache.bytes.reshape(LAYERS, NUM_BLOCKS * shares, 2, BLOCK_SIZE, heads // shares, HEAD_BYTES)
+    for block, positions in zip(runs.local_blocks(), share_positions(runs, shares), strict=True):
+        result[:, block] = np.concatenate([pieces[:, position] for position in positions], axis=3)
+    return result
+
+
+@st.composite
+def transfers(draw):
+    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    tp_sizes = [n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
+    num_blocks = draw(st.integers(1, NUM_BLOCKS))
+    ids = st.permutations(range(NUM_BLOCKS))
+    return (
+        num_kv_heads,
+        draw(st.sampled_from(tp_sizes)),
+        draw(st.sampled_from(tp_sizes)),
+        draw(ids)[:num_blocks],
+        draw(ids)[:num_blocks],
+        draw(st.integers(1, 4)),
+        draw(st.integers(0, 5)),
+    )
+
+
+@given(transfers())
+def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_changes(transfer):
+    num_kv_heads, prefill_tp, decode_tp, remote_blocks, local_blocks, longest, turn = transfer
+    rng = np.random.default_rng(0)
+    shape = (LAYERS, NUM_BLOCKS, 2, BLOCK_SIZE, num_kv_heads, HEAD_BYTES)
+    reference = rng.integers(0, 200, shape, dtype=np.uint8)
+    spans = [heads_on(rank, prefill_tp, num_kv_heads) for rank in range(prefill_tp)]
+    prefill = [Cache(span, reference[..., span.start : span.stop, :]) for span in spans]
+    cluster = {Session(str(rank)): [cache.region] for rank, cache in enumerate(prefill)}
+    runs = neighbours(np.array(remote_blocks), np.array(local_blocks), longest)
+
+    for rank in range(decode_tp):
+        heads = heads_on(rank, decode_tp, num_kv_heads)
+        expected = np.full((*shape[:4], len(heads), HEAD_BYTES), UNTOUCHED, dtype=np.uint8)
+        decode = Cache(heads, expected.copy())
+        expected[:, local_blocks] = reference[:, remote_blocks, :, :, heads.start : heads.stop]
+
+        start = first_turn(rank, decode_tp, num_kv_heads)
+        plan = plan_pair(decode.memory, [cache.memory for cache in prefill], start + turn)
+        copies = plan.copies(runs)
+        prove_cover(decode.memory, runs, [part for _, part in copies])
+        transport = InProcessTransport(Session("decode"), {**cluster, Session("decode"): [decode.region]})
+        for source, part in copies:
+            transport.read(Session(str(source)), part)
+
+        assert np.array_equal(regrouped(decode, runs, plan.shares), expected)
+
+
+@given(transfers())
+def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
+    num_kv_heads, prefill_tp, decode_tp, remote_blocks, local_blocks, longest, turn = transfer
+    assume(prefill_tp % decode_tp == 0)
+    page = PageLayout(BLOCK_SIZE, 1, 2, 2)
+    spans = [heads_on(rank, prefill_tp, num_kv_heads) for rank in range(prefill_tp)]
+    prefill = [
+        RankMemory(span, page.with_heads(len(span)), NUM_BLOCKS, ("layer",), (Address(4096 * rank),))
+        for rank, span in enumerate(spans)
+    ]
+    heads = heads_on(0, decode_tp, num_kv_heads)
+    local = RankMemory(heads, page.with_heads(len(heads)), NUM_BLOCKS, ("layer",), (Address(0),))
+    runs = neighbours(np.array(remote_blocks), np.array(local_blocks), longest)
+    plan = plan_pair(local, prefill, turn)
+    assert [len(copies) for _, copies in plan.copies(runs)] == [len(runs.length)] * plan.shares

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connector's own options, as `kv_connector_extra_config` gives them, checked once at start.
+
+Every accepted key has a meaning; any other is refused by name. docs/kv_transfer.md holds the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ascend.errors import ConfigError
+
+PROTOCOLS = ("tcp", "rdma", "ascend")
+"""What Mooncake's engine can be asked for. `ascend` needs its build for Ascend cards."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a deployment says about one side, such as {"tp_size": 8, "dp_size": 2}. None: not said."""
+
+    tp_size: int | None = None
+    dp_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options with their defaults."""
+
+    protocol: str | None = None
+    """Protocol of the transfer engine; None: `ascend` with Mooncake's build for cards, else `tcp`."""
+    host: str | None = None
+    """Address that the listener binds and peers are told; None: VLLM_HOST_IP if set, else 127.0.0.1."""
+    lease_s: float = 30.0
+    """Prefill: how long a finished request's blocks wait for a sign of the decode engine."""
+    reader_threads: int = 2
+    """Decode: how many requests a rank reads at the same time."""
+    peer_timeout_s: float = 5.0
+    """Decode: how long to wait for a prefill engine's answer."""
+    prefill: Sizes = Sizes()
+    decode: Sizes = Sizes()
+
+
+def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over parsed JSON
+    """The options in `kv_connector_extra_config`. Raises ConfigError naming what cannot be honoured."""
+    known = {
+        "protocol": _protocol,
+        "host": _host,
+        "lease_s": _positive_seconds,
+        "reader_threads": _thread_count,
+        "peer_timeout_s": _positive_seconds,
+        "prefill": _sizes,
+        "decode": _sizes,
+    }
+    values: dict[str, Any] = {}
+    for key, value in extra.items():
+        if key == "use_ascend_direct":
+            continue
+        if key not in known:
+            raise ConfigError(
+                f"kv_connector_extra_config has {key!r}, which MooncakeConnectorV1 does not know; "
+                f"remove it, or use one of: {', '.join([*known, 'use_ascend_direct'])}"
+            )
+        values[key] = known[key](key, value)
+    return Options(**_with_ascend_direct(values, extra.get("use_ascend_direct", False)))
+
+
+def check_sizes(said: Sizes, found: Sizes, side: str) -> str | None:
+    """A sentence on how the configured sizes of `side` differ from the real ones, or None."""
+    for name, said_size, found_size in (
+        ("tp_size", said.tp_size, found.tp_size),
+        ("dp_size", said.dp_size, found.dp_size),
+    ):
+        if said_size is not None and said_size != found_size:
+            return (
+                f"kv_connector_extra_config says {side}.{name} is {said_size}, but that engine runs with "
+                f"{found_size}; correct it, or leave {side!r} out: sizes are learned from the peer"
+            )
+    return None
+
+
+def _with_ascend_direct(values: dict[str, Any], wanted: Any) -> dict[str, Any]:
+    # Deployments of vllm-ascend ask so for what Mooncake calls the protocol `ascend`.
+    if not isinstance(wanted, bool):
+        raise ConfigError(f"use_ascend_direct must be true or false, got {wanted!r}")
+    if wanted and values.get("protocol", "ascend") != "ascend":
+        raise ConfigError(
+            f"use_ascend_direct asks for protocol 'ascend' and protocol is {values['protocol']!r}; remove one"
+        )
+    return {**values, "protocol": "ascend"} if wanted else values
+
+
+def _protocol(key: str, value: Any) -> str:
+    if value not in PROTOCOLS:
+        raise ConfigError(f"{key} must be one of {', '.join(PROTOCOLS)}, got {value!r}")
+    return str(value)
+
+
+def _host(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f'{key} must be an address of this machine, such as "10.0.0.5", got {value!r}')
+    return value
+
+
+def _positive_seconds(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 86400:
+        raise ConfigError(f"{key} must be a number of seconds above 0 and below a day, got {value!r}")
+    return float(value)
+
+
+def _thread_count(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
+        raise ConfigError(f"{key} must be an integer from 1 to 64, got {value!r}")
+    return value
+
+
+def _sizes(key: str, value: Any) -> Sizes:
+    if not isinstance(value, Mapping) or not set(value) <= {"tp_size", "dp_size"}:
+        raise ConfigError(f'{key} must be like {{"tp_size": 2, "dp_size": 1}}, got {value!r}')
+    for name, size in value.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{key}.{name} must be a positive integer, got {size!r}")
+    return Sizes(**value)

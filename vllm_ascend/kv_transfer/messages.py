@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything on the wire between two engines, its version and its history.
+
+A message is two frames: the wire version, as text, and a msgpack map. The version is compared before
+anything else is decoded, so peers of different versions refuse each other by name. Decode asks, prefill
+answers; every question is one of `Question`, every answer one of `Answer`. Lengths are bounded, so that a
+stranger cannot make an engine allocate at will. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from vllm_ascend.errors import TopologyError, WireError
+
+WIRE_VERSION = 1
+# 1: first version; one KV cache group, regions per layer
+
+T = TypeVar("T")
+
+_PREFIX = b"vllm-ascend-kv/"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""What a socket accepts: the description of a large engine is some hundred KiB."""
+
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=65536)]
+
+
+class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What two engines must agree on before one can use the other's KV."""
+
+    model: str
+    """The name under which the model is served."""
+    architecture: str
+    """The model class, such as LlamaForCausalLM."""
+    num_layers: int
+    """Layers with a KV cache, over all pipeline stages."""
+    hidden_size: int
+    vocab_size: int
+    num_kv_heads: int
+    """KV heads of the whole model, before tensor parallel."""
+    head_size: int
+    """Elements of K of one token and head."""
+    cache_dtype: str
+    """Element type of the KV cache, such as bfloat16."""
+    layout: str
+    """Order of bytes in a page; see attention/cache_layout.py."""
+    block_size: int
+    """Tokens per block of vLLM's scheduler."""
+    kernel_block_size: int
+    """Tokens per page, which is the block that attention uses."""
+
+
+class Parallel(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of an engine."""
+
+    tp_size: int
+    pp_size: int
+    dp_size: int
+
+
+class RankRegions(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's KV cache and where to read it."""
+
+    tp_rank: int
+    pp_rank: int
+    session: Name
+    """How the transfer engine addresses the rank."""
+    num_blocks: int
+    """Pages in every layer."""
+    page_bytes: int
+    layers: Names
+    addresses: Annotated[tuple[int, ...], msgspec.Meta(max_length=65536)]
+    """Where block 0 of each layer begins, in the rank's own address space."""
+
+
+class AskForEngine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Who are you? The first question to a peer; later ones name the engine that it described."""
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A prefill engine as its listener describes it."""
+
+    engine_id: Name
+    protocol: Name
+    """The transfer engine's protocol; both sides must use the same."""
+    cache: CacheDescription
+    parallel: Parallel
+    ranks: Annotated[tuple[RankRegions, ...], msgspec.Meta(max_length=65536)]
+
+
+class Renew(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Keep these requests' blocks for another lease: decode still waits for them."""
+
+    engine_id: Name
+    request_ids: Names
+
+
+class Renewed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The leases run anew, but for those in `lost`, which have ended."""
+
+    lost: Names
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`reader`, one of `num_readers` ranks of the decode engine, reads this request's blocks no more."""
+
+    engine_id: Name
+    request_id: Name
+    reader: Name
+    num_readers: Annotated[int, msgspec.Meta(ge=1, le=65536)]
+
+
+class DoneNoted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`held`: the lease lasted until now. If not, what was read must be dropped."""
+
+    held: bool
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Nobody will read these requests' blocks."""
+
+    engine_id: Name
+    request_ids: Names
+
+
+class Released(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The blocks are free, now or before."""
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The question was not understood, or was meant for another engine."""
+
+    reason: str
+
+
+Question = AskForEngine | Renew | Done | Release
+Answer = Engine | Renewed | DoneNoted | Released | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Question | Answer) -> tuple[bytes, bytes]:
+    """The two frames of a message."""
+    return _PREFIX + str(WIRE_VERSION).encode(), _encoder.encode(message)
+
+
+def decode_question(frames: list[bytes]) -> Question:
+    """What decode asks. Raises WireError for another version or anything malformed."""
+    return _decode(frames, _questions)
+
+
+def decode_answer(frames: list[bytes]) -> Answer:
+    """What prefill answers. Raises WireError for another version or anything malformed."""
+    return _decode(frames, _answers)
+
+
+def check_same_cache(prefill: CacheDescription, decode: CacheDescription, peer: str) -> None:
+    """Raise TopologyError naming every field in which the two differ, with both values."""
+    fields = [
+        f"{name} is {getattr(prefill, name)!r} there and {getattr(decode, name)!r} here"
+        for name in CacheDescription.__struct_fields__
+        if getattr(prefill, name) != getattr(decode, name)
+    ]
+    if fields:
+        raise TopologyError(
+            f"prefill engine {peer} cannot feed this engine: {'; '.join(fields)}; "
+            f"start both with the same model, --dtype, --kv-cache-dtype and --block-size"
+        )
+
+
+def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T:
+    if len(frames) != 2:
+        raise WireError(f"a message has 2 frames, got {len(frames)}; the peer is no vllm-ascend engine")
+    version, body = frames
+    if version != _PREFIX + str(WIRE_VERSION).encode():
+        raise WireError(
+            f"the peer speaks {version[:40].decode(errors='replace')!r} and this engine "
+            f"'{_PREFIX.decode()}{WIRE_VERSION}'; run the same release of vllm-ascend on both sides"
+        )
+    try:
+        return decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"a message could not be read: {error}") from error
