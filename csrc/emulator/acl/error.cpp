@@ -23,6 +23,8 @@ aclError CodeOf(Fault fault) {
       return ACL_ERROR_RT_CONTEXT_NULL;
     case Fault::kInvalidHandle:
       return ACL_ERROR_RT_INVALID_HANDLE;
+    case Fault::kNoSubscriber:
+      return ACL_ERROR_RT_STREAM_NO_CB_REG;
     case Fault::kOutOfMemory:
       return ACL_ERROR_RT_MEMORY_ALLOCATION;
     case Fault::kNotAllocated:

@@ -7,7 +7,6 @@
 #include <acl/acl.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -20,10 +19,9 @@ using ascend_emulator::Device;
 using ascend_emulator::Error;
 using ascend_emulator::Fault;
 using ascend_emulator::Guarded;
+using ascend_emulator::PinnedMemory;
 using ascend_emulator::RequireNonNull;
 using ascend_emulator::Stream;
-
-constexpr std::size_t kHostAlignment = 4096;
 
 bool OnDevice(const void* start, std::size_t bytes) { return Device::Owning(start, bytes) != nullptr; }
 
@@ -67,6 +65,7 @@ void CheckCopy(void* to, std::size_t to_bytes, const void* from, std::size_t byt
     throw Error(Fault::kInvalidArgument, "a copy of " + std::to_string(bytes) +
                                              " bytes has a destination of " + std::to_string(to_bytes));
   }
+  if (bytes == 0) return;
   const Sides sides = SidesOf(kind, to, from);
   RequireSide("source", from, bytes, sides.from_device);
   RequireSide("destination", to, bytes, sides.to_device);
@@ -109,19 +108,14 @@ aclError aclrtFree(void* start) {
 aclError aclrtMallocHost(void** start, size_t bytes) {
   return Guarded([&] {
     RequireNonNull("aclrtMallocHost", start);
-    if (bytes == 0) throw Error(Fault::kInvalidArgument, "aclrtMallocHost was asked for 0 bytes");
-    const std::size_t rounded = (bytes + kHostAlignment - 1) / kHostAlignment * kHostAlignment;
-    *start = std::aligned_alloc(kHostAlignment, rounded);
-    if (*start == nullptr) {
-      throw Error(Fault::kOutOfMemory, "the host has no " + std::to_string(bytes) + " bytes left to pin");
-    }
+    *start = PinnedMemory::Get().Allocate(bytes);
   });
 }
 
 aclError aclrtFreeHost(void* start) {
   return Guarded([&] {
     RequireNonNull("aclrtFreeHost", start);
-    std::free(start);
+    PinnedMemory::Get().Free(start);
   });
 }
 
@@ -173,9 +167,12 @@ aclError aclrtPointerGetAttributes(const void* start, aclrtPtrAttributes* attrib
     RequireNonNull("aclrtPointerGetAttributes", start, attributes);
     *attributes = {};
     attributes->pageSize = static_cast<uint32_t>(sysconf(_SC_PAGESIZE));
-    attributes->location.type = ACL_MEM_LOCATION_TYPE_UNREGISTERED;
     if (const Device* owner = Device::Owning(start, 1)) {
       attributes->location = {static_cast<uint32_t>(owner->index()), ACL_MEM_LOCATION_TYPE_DEVICE};
+    } else if (PinnedMemory::Get().Contains(start)) {
+      attributes->location.type = ACL_MEM_LOCATION_TYPE_HOST;
+    } else {
+      attributes->location.type = ACL_MEM_LOCATION_TYPE_UNREGISTERED;
     }
   });
 }

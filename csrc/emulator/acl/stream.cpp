@@ -10,8 +10,6 @@
 #include "runtime/device.h"
 
 using ascend_emulator::Device;
-using ascend_emulator::Error;
-using ascend_emulator::Fault;
 using ascend_emulator::Guarded;
 using ascend_emulator::Report;
 using ascend_emulator::RequireNonNull;
@@ -78,15 +76,6 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t* id) {
   return Guarded([&] {
     RequireNonNull("aclrtStreamGetId", id);
     *id = Stream::From(stream).id();
-  });
-}
-
-// Runs `function` on the stream's own thread.
-aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* argument) {
-  return Guarded([&] {
-    if (function == nullptr)
-      throw Error(Fault::kInvalidArgument, "aclrtLaunchHostFunc was given no function");
-    Stream::From(stream).Enqueue([=] { function(argument); });
   });
 }
 

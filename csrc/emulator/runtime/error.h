@@ -14,6 +14,7 @@ enum class Fault {
   kInvalidDevice,
   kNoCurrentDevice,
   kInvalidHandle,
+  kNoSubscriber,
   kOutOfMemory,
   kNotAllocated,
   kTaskFailed,

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -17,6 +18,15 @@ constexpr int kNaNByte = 0xFF;
 std::size_t RoundUpToPages(std::size_t bytes) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   return (bytes + page - 1) / page * page;
+}
+
+// True if all of [start, start + bytes) lies in one of `allocations`, which map a start to a size in bytes.
+bool InOneOf(const std::map<std::uintptr_t, std::size_t>& allocations, const void* start, std::size_t bytes) {
+  const auto first = reinterpret_cast<std::uintptr_t>(start);
+  auto after = allocations.upper_bound(first);
+  if (after == allocations.begin()) return false;
+  const auto& [base, size] = *--after;
+  return first - base < size && bytes <= size - (first - base);
 }
 
 }  // namespace
@@ -64,17 +74,45 @@ void Memory::Free(void* start) {
 }
 
 bool Memory::Contains(const void* start, std::size_t bytes) const {
-  const auto first = reinterpret_cast<std::uintptr_t>(start);
   std::lock_guard lock(mutex_);
-  auto after = allocations_.upper_bound(first);
-  if (after == allocations_.begin()) return false;
-  const auto& [base, size] = *--after;
-  return first - base < size && bytes <= size - (first - base);
+  return InOneOf(allocations_, start, bytes);
 }
 
 std::size_t Memory::FreeBytes() const {
   std::lock_guard lock(mutex_);
   return budget_bytes_ - used_bytes_;
+}
+
+// Never destroyed, for calls that come while the process exits.
+PinnedMemory& PinnedMemory::Get() {
+  static PinnedMemory& memory = *new PinnedMemory;
+  return memory;
+}
+
+void* PinnedMemory::Allocate(std::size_t bytes) {
+  if (bytes == 0)
+    throw Error(Fault::kInvalidArgument, "0 bytes of pinned memory were asked for; ask for at least 1");
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  void* start = std::aligned_alloc(page, RoundUpToPages(bytes));
+  if (start == nullptr) {
+    throw Error(Fault::kOutOfMemory, "the host has no " + std::to_string(bytes) + " bytes left to pin");
+  }
+  std::lock_guard lock(mutex_);
+  allocations_.emplace(reinterpret_cast<std::uintptr_t>(start), bytes);
+  return start;
+}
+
+void PinnedMemory::Free(void* start) {
+  std::lock_guard lock(mutex_);
+  if (allocations_.erase(reinterpret_cast<std::uintptr_t>(start)) == 0) {
+    throw Error(Fault::kNotAllocated, "the address to free is not the start of a pinned allocation");
+  }
+  std::free(start);
+}
+
+bool PinnedMemory::Contains(const void* address) const {
+  std::lock_guard lock(mutex_);
+  return InOneOf(allocations_, address, 1);
 }
 
 }  // namespace ascend_emulator

@@ -40,4 +40,25 @@ class Memory {
   std::map<std::uintptr_t, std::size_t> allocations_;
 };
 
+// Host memory that the program pinned. Every page of the host is as good to the emulator; what it keeps is
+// which addresses are pinned, because programs ask.
+class PinnedMemory {
+ public:
+  static PinnedMemory& Get();
+
+  // Returns page-aligned memory. Throws Error(kOutOfMemory), Error(kInvalidArgument) for 0 bytes.
+  void* Allocate(std::size_t bytes);
+
+  // Throws Error(kNotAllocated) unless `start` is what Allocate returned.
+  void Free(void* start);
+
+  bool Contains(const void* address) const;
+
+ private:
+  PinnedMemory() = default;
+
+  mutable std::mutex mutex_;
+  std::map<std::uintptr_t, std::size_t> allocations_;
+};
+
 }  // namespace ascend_emulator

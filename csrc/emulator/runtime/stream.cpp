@@ -81,8 +81,10 @@ Stream& Stream::From(void* handle) {
 std::vector<std::shared_ptr<Stream>> Stream::Of(int device) { return Registry::Get().Of(device); }
 
 void Stream::Destroy(void* handle) {
-  From(handle).Synchronize();
-  Registry::Get().Take(handle)->End();
+  Device::RefuseAfterFork();
+  const auto stream = Registry::Get().Take(handle);
+  stream->AwaitIdle();
+  stream->End();
 }
 
 void Stream::Abandon(void* handle) { Registry::Get().Take(handle)->End(); }
@@ -110,8 +112,8 @@ bool Stream::Idle() const {
 
 void Stream::Synchronize() {
   Device::RefuseAfterFork();
-  std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return IdleLocked(); });
+  AwaitIdle();
+  std::lock_guard lock(mutex_);
   ThrowIfBroken();
 }
 
@@ -121,6 +123,11 @@ bool Stream::SynchronizeFor(std::chrono::milliseconds timeout) {
   const bool idle = changed_.wait_for(lock, timeout, [this] { return IdleLocked(); });
   ThrowIfBroken();
   return idle;
+}
+
+void Stream::AwaitIdle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return IdleLocked(); });
 }
 
 void Stream::Run() {

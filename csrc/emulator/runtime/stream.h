@@ -57,6 +57,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
  private:
   Stream(int device, int id) : device_(device), id_(id) {}
 
+  void AwaitIdle();
   void Run();
   void RunOne(const Task& task);
   void End();

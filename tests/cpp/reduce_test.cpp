@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What reductions compute, bit for bit. Values of 16-bit floats are written as their bits.
+#include "hccl/reduce.h"
+
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "hccl/error.h"
-#include "hccl/reduce.h"
-#include "hccl_check.h"
 
 using namespace ascend_emulator::hccl;
 
@@ -17,7 +18,7 @@ namespace {
 constexpr uint16_t kNan16 = 0x7e00;
 
 template <typename T>
-struct Case {
+struct Example {
   std::string sentence;
   HcclDataType type;
   HcclReduceOp op;
@@ -26,16 +27,16 @@ struct Case {
 };
 
 template <typename T>
-void Check(const Case<T>& example) {
+void Check(const Example<T>& example) {
   std::vector<const void*> inputs;
   for (const T& value : example.ranks) inputs.push_back(&value);
   T result{};
   Reduce(example.type, example.op, inputs, 1, &result);
-  Expect(result == example.expected, example.sentence.c_str(), "Reduce");
+  Expect(result == example.expected, example.sentence);
 }
 
 void CheckHalves() {
-  const std::vector<Case<uint16_t>> cases = {
+  const std::vector<Example<uint16_t>> cases = {
       {"fp16: 2048 + 1 + 1 is 2050, because it is rounded once",
        HCCL_DATA_TYPE_FP16,
        HCCL_REDUCE_SUM,
@@ -139,7 +140,7 @@ void CheckEveryHalf(HcclDataType type, uint16_t infinity) {
   Reduce(type, HCCL_REDUCE_SUM, {all.data()}, all.size(), result.data());
   for (size_t i = 0; i < all.size(); ++i) {
     const bool nan = (all[i] & 0x7fff) > infinity;
-    Expect(nan ? (result[i] & 0x7fff) > infinity : result[i] == all[i], "a 16-bit number is kept", "Reduce");
+    Expect(nan ? (result[i] & 0x7fff) > infinity : result[i] == all[i], "Reduce: a 16-bit number is kept");
   }
 }
 
@@ -147,8 +148,8 @@ void CheckLengths() {
   for (const size_t count : {size_t{0}, size_t{1}, size_t{511}, size_t{512}, size_t{513}, size_t{1300}}) {
     std::vector<int32_t> first(count + 1, 3), second(count + 1, 4);
     Reduce(HCCL_DATA_TYPE_INT32, HCCL_REDUCE_SUM, {first.data(), second.data()}, count, first.data());
-    for (size_t i = 0; i < count; ++i) Expect(first[i] == 7, "in place, every element is summed", "Reduce");
-    Expect(first[count] == 3, "the element behind the last is left alone", "Reduce");
+    for (size_t i = 0; i < count; ++i) Expect(first[i] == 7, "Reduce: in place, every element is summed");
+    Expect(first[count] == 3, "Reduce: the element behind the last is left alone");
   }
 }
 
@@ -162,28 +163,29 @@ HcclResult CodeOfCheck(HcclDataType type, HcclReduceOp op) {
 }
 
 void CheckRefusals() {
-  Expect(CodeOfCheck(HCCL_DATA_TYPE_BFP16, HCCL_REDUCE_SUM) == HCCL_SUCCESS, "bf16 sums", "CheckReduction");
-  Expect(CodeOfCheck(HCCL_DATA_TYPE_FP64, HCCL_REDUCE_SUM) == HCCL_E_NOT_SUPPORT, "fp64 is refused",
-         "CheckReduction");
-  Expect(CodeOfCheck(HCCL_DATA_TYPE_UINT64, HCCL_REDUCE_MAX) == HCCL_E_NOT_SUPPORT, "uint64 is refused",
-         "CheckReduction");
-  Expect(CodeOfCheck(HCCL_DATA_TYPE_BFP16, HCCL_REDUCE_PROD) == HCCL_E_NOT_SUPPORT, "prod of bf16 is refused",
-         "CheckReduction");
+  Expect(CodeOfCheck(HCCL_DATA_TYPE_BFP16, HCCL_REDUCE_SUM) == HCCL_SUCCESS, "CheckReduction: bf16 sums");
+  Expect(CodeOfCheck(HCCL_DATA_TYPE_FP64, HCCL_REDUCE_SUM) == HCCL_E_NOT_SUPPORT,
+         "CheckReduction: fp64 is refused");
+  Expect(CodeOfCheck(HCCL_DATA_TYPE_UINT64, HCCL_REDUCE_MAX) == HCCL_E_NOT_SUPPORT,
+         "CheckReduction: uint64 is refused");
+  Expect(CodeOfCheck(HCCL_DATA_TYPE_BFP16, HCCL_REDUCE_PROD) == HCCL_E_NOT_SUPPORT,
+         "CheckReduction: prod of bf16 is refused");
   Expect(CodeOfCheck(HCCL_DATA_TYPE_FP32, HCCL_REDUCE_RESERVED) == HCCL_E_PARA,
-         "an unknown operation is refused", "CheckReduction");
-  Expect(CodeOfCheck(HCCL_DATA_TYPE_RESERVED, HCCL_REDUCE_SUM) == HCCL_E_PARA, "an unknown type is refused",
-         "CheckReduction");
+         "CheckReduction: an unknown operation is refused");
+  Expect(CodeOfCheck(HCCL_DATA_TYPE_RESERVED, HCCL_REDUCE_SUM) == HCCL_E_PARA,
+         "CheckReduction: an unknown type is refused");
 }
 
 }  // namespace
 
 int main() {
-  CheckHalves();
-  CheckIntegers();
-  CheckFloats();
-  CheckEveryHalf(HCCL_DATA_TYPE_FP16, 0x7c00);
-  CheckEveryHalf(HCCL_DATA_TYPE_BFP16, 0x7f80);
-  CheckLengths();
-  CheckRefusals();
-  return Verdict();
+  return RunAll({
+      {"16-bit floats", CheckHalves},
+      {"integers", CheckIntegers},
+      {"the order of ranks", CheckFloats},
+      {"every fp16 number", [] { CheckEveryHalf(HCCL_DATA_TYPE_FP16, 0x7c00); }},
+      {"every bf16 number", [] { CheckEveryHalf(HCCL_DATA_TYPE_BFP16, 0x7f80); }},
+      {"lengths around the block that is summed at a time", CheckLengths},
+      {"what an A2 card does not reduce", CheckRefusals},
+  });
 }
