@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.mem_utils import MemorySnapshot
 from vllm.utils.torch_utils import set_random_seed
@@ -41,8 +42,8 @@ class NPUWorker(Worker):
 
         Raises ConfigError if the device does not take the model's dtype.
         """
-        index = current_platform.logical_device_id_to_visible_device_id(self._device_index_on_host())
-        self.device = torch.device("npu", index)
+        self._settle_local_rank()
+        self.device = torch.device("npu", self.local_rank)
         current_platform.set_device(self.device)
         assert isinstance(self.model_config.dtype, torch.dtype)
         current_platform.check_if_supports_dtype(self.model_config.dtype)
@@ -79,12 +80,15 @@ class NPUWorker(Worker):
         freeze_gc_heap()
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
-    def _device_index_on_host(self) -> int:
-        """Data-parallel engines of one host take their NPUs one after the other."""
-        parallel = self.parallel_config
-        if parallel.distributed_executor_backend in ("ray", "external_launcher"):
-            return self.local_rank
-        return (parallel.data_parallel_rank_local or 0) * parallel.world_size + self.local_rank
+    def _settle_local_rank(self) -> None:
+        """Make the local rank the index of this NPU: vLLM's process groups take the one for the other.
+
+        They differ where the engine was given some of the machine's NPUs: data parallelism, --device-ids.
+        """
+        assigned = self.parallel_config.assigned_physical_gpu_ids
+        if assigned is not None:
+            set_assigned_physical_gpu_ids(assigned)
+        self.local_rank = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
 
     def _make_model_runner(self) -> NPUModelRunner:
         assert self.device is not None
