@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every collective as a list of sends and receives, cut into pieces where a result has to be computed from them.
+// Every collective as a list of sends and receives, cut into pieces where a result has to be computed from
+// them.
 #include "hccl/collectives.h"
 
 #include <algorithm>
@@ -14,8 +15,8 @@ namespace {
 /// Bytes of one rank's contribution that are reduced at a time: what a rank needs as scratch for each peer.
 constexpr size_t kPieceBytes = size_t{256} << 10;
 
-/// Up to this many bytes an all-reduce is one exchange of everything instead of two exchanges of parts: each exchange
-/// costs a change of the running process, which is dearer than reducing a little on every rank.
+/// Up to this many bytes an all-reduce is one exchange of everything instead of two exchanges of parts: each
+/// exchange costs a change of the running process, which is dearer than reducing a little on every rank.
 constexpr size_t kOneExchangeBytes = size_t{32} << 10;
 
 const std::byte* At(const void* data, size_t bytes) { return static_cast<const std::byte*>(data) + bytes; }
@@ -73,8 +74,8 @@ Signature SignatureOf(HcclCMDType call, Reduction reduction) {
 }
 
 /// A reduce-scatter of `blocks` on behalf of `call`.
-void ReduceParts(Communicator& comm, HcclCMDType call, const void* send, const std::vector<Block>& blocks, void* recv,
-                 Reduction reduction) {
+void ReduceParts(Communicator& comm, HcclCMDType call, const void* send, const std::vector<Block>& blocks,
+                 void* recv, Reduction reduction) {
   const size_t element_bytes = ElementBytes(reduction.type);
   const uint64_t longest = LargestCount(blocks);
   const uint64_t piece_count = std::min<uint64_t>(longest, kPieceBytes / element_bytes);
@@ -95,21 +96,23 @@ void ReduceParts(Communicator& comm, HcclCMDType call, const void* send, const s
 }
 
 /// An all-gather of `blocks` on behalf of `call`.
-void GatherParts(Communicator& comm, HcclCMDType call, const void* send, void* recv, const std::vector<Block>& blocks,
-                 HcclDataType type) {
+void GatherParts(Communicator& comm, HcclCMDType call, const void* send, void* recv,
+                 const std::vector<Block>& blocks, HcclDataType type) {
   const size_t element_bytes = ElementBytes(type);
   const Block& own = blocks[comm.rank()];
   std::vector<Send> sends;
   std::vector<Receive> receives;
   for (const uint32_t peer : Peers(comm)) {
     sends.push_back({peer, send, own.count * element_bytes});
-    receives.push_back({peer, At(recv, blocks[peer].offset * element_bytes), blocks[peer].count * element_bytes});
+    receives.push_back(
+        {peer, At(recv, blocks[peer].offset * element_bytes), blocks[peer].count * element_bytes});
   }
   comm.Exchange({call, type, 0}, sends, receives);
   CopyOwn(At(recv, own.offset * element_bytes), send, own.count * element_bytes);
 }
 
-void AllReduceInOneExchange(Communicator& comm, const void* send, void* recv, uint64_t count, Reduction reduction) {
+void AllReduceInOneExchange(Communicator& comm, const void* send, void* recv, uint64_t count,
+                            Reduction reduction) {
   const size_t bytes = count * ElementBytes(reduction.type);
   Contributions contributions(comm, bytes);
   std::vector<Send> sends;
@@ -144,7 +147,8 @@ void AllReduce(Communicator& comm, const void* send, void* recv, uint64_t count,
   GatherParts(comm, HCCL_CMD_ALLREDUCE, own, recv, parts, reduction.type);
 }
 
-void ReduceTo(Communicator& comm, const void* send, void* recv, uint64_t count, Reduction reduction, uint32_t root) {
+void ReduceTo(Communicator& comm, const void* send, void* recv, uint64_t count, Reduction reduction,
+              uint32_t root) {
   std::vector<Block> blocks(comm.size(), Block{0, 0});
   blocks[root].count = count;
   ReduceParts(comm, HCCL_CMD_REDUCE, send, blocks, recv, reduction);
@@ -172,7 +176,8 @@ void Broadcast(Communicator& comm, void* buffer, uint64_t count, HcclDataType ty
   comm.Exchange({HCCL_CMD_BROADCAST, type, root}, sends, receives);
 }
 
-void Scatter(Communicator& comm, const void* send, void* recv, uint64_t count, HcclDataType type, uint32_t root) {
+void Scatter(Communicator& comm, const void* send, void* recv, uint64_t count, HcclDataType type,
+             uint32_t root) {
   const size_t bytes = count * ElementBytes(type);
   std::vector<Send> sends;
   std::vector<Receive> receives;

@@ -22,16 +22,26 @@ struct Header {
 
 const char* NameOf(uint32_t call) {
   switch (call) {
-    case HCCL_CMD_ALLGATHER: return "all-gather";
-    case HCCL_CMD_ALLREDUCE: return "all-reduce";
-    case HCCL_CMD_ALLTOALL: return "all-to-all";
-    case HCCL_CMD_BARRIER: return "barrier";
-    case HCCL_CMD_BROADCAST: return "broadcast";
-    case HCCL_CMD_REDUCE: return "reduce";
-    case HCCL_CMD_REDUCE_SCATTER: return "reduce-scatter";
-    case HCCL_CMD_SCATTER: return "scatter";
-    case HCCL_CMD_SEND: return "send";
-    default: return "unknown call";
+    case HCCL_CMD_ALLGATHER:
+      return "all-gather";
+    case HCCL_CMD_ALLREDUCE:
+      return "all-reduce";
+    case HCCL_CMD_ALLTOALL:
+      return "all-to-all";
+    case HCCL_CMD_BARRIER:
+      return "barrier";
+    case HCCL_CMD_BROADCAST:
+      return "broadcast";
+    case HCCL_CMD_REDUCE:
+      return "reduce";
+    case HCCL_CMD_REDUCE_SCATTER:
+      return "reduce-scatter";
+    case HCCL_CMD_SCATTER:
+      return "scatter";
+    case HCCL_CMD_SEND:
+      return "send";
+    default:
+      return "unknown call";
   }
 }
 
@@ -137,7 +147,8 @@ Communicator::Communicator(const Invitation& invitation, uint32_t num_ranks, uin
     : rank_(rank),
       num_ranks_(num_ranks),
       options_(std::move(options)),
-      segment_(Segment::Join(invitation, {rank, num_ranks, options_.buffer_bytes, options_.connect_timeout})) {}
+      segment_(
+          Segment::Join(invitation, {rank, num_ranks, options_.buffer_bytes, options_.connect_timeout})) {}
 
 void Communicator::ThrowIfFailed() const {
   if (failure_.load() == HCCL_SUCCESS) return;
@@ -159,7 +170,8 @@ void Communicator::Exchange(const Signature& signature, const std::vector<Send>&
     lanes.emplace_back(Lane::Direction::kReceive, peer, segment_->ring(peer, rank_));
   }
   for (const Send& send : sends) {
-    auto* data = const_cast<std::byte*>(static_cast<const std::byte*>(send.data));  // a sending lane only reads it
+    auto* data =
+        const_cast<std::byte*>(static_cast<const std::byte*>(send.data));  // a sending lane only reads it
     if (send.bytes > 0) lane(Lane::Direction::kSend, send.to).Add(signature, data, send.bytes);
   }
   for (const Receive& receive : receives) {
@@ -194,7 +206,8 @@ void Communicator::Move(std::vector<Lane>& lanes) {
     if (!patience.TimeToLook()) continue;
     ThrowIfPeerEnded(lanes);
     if (patience.Exhausted()) {
-      const auto stuck = std::find_if(lanes.begin(), lanes.end(), [](const Lane& lane) { return !lane.Done(); });
+      const auto stuck =
+          std::find_if(lanes.begin(), lanes.end(), [](const Lane& lane) { return !lane.Done(); });
       throw Error(HCCL_E_TIMEOUT, "rank " + std::to_string(rank_) + " of " + name() + " waited " +
                                       std::to_string(options_.exchange_timeout->count()) + " s for rank " +
                                       std::to_string(stuck->peer()) +

@@ -2,13 +2,14 @@
 //
 // One rank of a group of processes, and the one thing it can do: exchange messages with the others.
 //
-// Every collective is built from Exchange (collectives.h). An exchange moves all its messages at the same time, so
-// it cannot deadlock within itself whatever their order, and messages of any length pass through rings of bounded
-// size. Each message begins with a header; a peer that runs another call, or the same call with other arguments, is
-// told apart from data at once.
+// Every collective is built from Exchange (collectives.h). An exchange moves all its messages at the same
+// time, so it cannot deadlock within itself whatever their order, and messages of any length pass through
+// rings of bounded size. Each message begins with a header; a peer that runs another call, or the same call
+// with other arguments, is told apart from data at once.
 //
-// A rank that sees a peer end, or waits longer than the limit, fails; it marks itself as failed in shared memory, so the
-// ranks that wait for it fail too instead of each waiting for its own limit. A failed communicator stays failed.
+// A rank that sees a peer end, or waits longer than the limit, fails; it marks itself as failed in shared
+// memory, so the ranks that wait for it fail too instead of each waiting for its own limit. A failed
+// communicator stays failed.
 #pragma once
 
 #include <array>
@@ -71,16 +72,18 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Throws Error if the communicator has failed.
   void ThrowIfFailed() const;
 
-  /// Sends and receives until all is done. Messages between two ranks keep their order; messages of no bytes are not
-  /// sent. Data must not be touched meanwhile. Called by an issued operation only. Throws Error: HCCL_E_REMOTE if a peer ended,
-  /// HCCL_E_TIMEOUT, HCCL_E_PARA if a peer's message is not the one that was expected; the communicator has then
-  /// failed.
-  void Exchange(const Signature& signature, const std::vector<Send>& sends, const std::vector<Receive>& receives);
+  /// Sends and receives until all is done. Messages between two ranks keep their order; messages of no bytes
+  /// are not sent. Data must not be touched meanwhile. Called by an issued operation only. Throws Error:
+  /// HCCL_E_REMOTE if a peer ended, HCCL_E_TIMEOUT, HCCL_E_PARA if a peer's message is not the one that was
+  /// expected; the communicator has then failed.
+  void Exchange(const Signature& signature, const std::vector<Send>& sends,
+                const std::vector<Receive>& receives);
 
-  /// Hands `operation` to `enqueue` as a task that some thread has to run. Operations run in the order in which they were
-  /// issued, also when their tasks are on different streams. A task that is dropped without having run fails the
-  /// communicator: its peers wait for messages that will never come.
-  void Issue(std::function<void(Communicator&)> operation, const std::function<void(std::function<void()>)>& enqueue);
+  /// Hands `operation` to `enqueue` as a task that some thread has to run. Operations run in the order in
+  /// which they were issued, also when their tasks are on different streams. A task that is dropped without
+  /// having run fails the communicator: its peers wait for messages that will never come.
+  void Issue(std::function<void(Communicator&)> operation,
+             const std::function<void(std::function<void()>)>& enqueue);
 
   /// Ends what runs or waits with an error.
   void Abort();

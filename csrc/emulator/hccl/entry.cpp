@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// libhccl: the collectives. Each call checks its arguments, and puts the collective on its stream. A call of no
-// elements does nothing on any rank, as on a card.
+// libhccl: the collectives. Each call checks its arguments, and puts the collective on its stream. A call of
+// no elements does nothing on any rank, as on a card.
 #include <acl/acl.h>
 
 #include <string>
@@ -38,7 +38,8 @@ void RequireSameType(HcclDataType send, HcclDataType recv) {
 
 /// The blocks that a pair of arrays of `num_ranks` uint64 values describes.
 std::vector<Block> ReadBlocks(const void* counts, const void* displacements, uint32_t num_ranks) {
-  if (counts == nullptr || displacements == nullptr) throw Error(HCCL_E_PTR, "the counts or displacements are null");
+  if (counts == nullptr || displacements == nullptr)
+    throw Error(HCCL_E_PTR, "the counts or displacements are null");
   const auto* count = static_cast<const uint64_t*>(counts);
   const auto* offset = static_cast<const uint64_t*>(displacements);
   std::vector<Block> blocks;
@@ -72,8 +73,8 @@ Messages ReceiveOf(void* buffer, uint64_t count, HcclDataType type, uint32_t fro
 
 extern "C" {
 
-HcclResult HcclAllReduce(void* send, void* recv, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm handle,
-                         aclrtStream stream) {
+HcclResult HcclAllReduce(void* send, void* recv, uint64_t count, HcclDataType type, HcclReduceOp op,
+                         HcclComm handle, aclrtStream stream) {
   return Guarded("HcclAllReduce", [&] {
     auto comm = Find(handle);
     const Reduction reduction = RequireReduction(type, op);
@@ -84,8 +85,8 @@ HcclResult HcclAllReduce(void* send, void* recv, uint64_t count, HcclDataType ty
   });
 }
 
-HcclResult HcclReduce(void* send, void* recv, uint64_t count, HcclDataType type, HcclReduceOp op, uint32_t root,
-                      HcclComm handle, aclrtStream stream) {
+HcclResult HcclReduce(void* send, void* recv, uint64_t count, HcclDataType type, HcclReduceOp op,
+                      uint32_t root, HcclComm handle, aclrtStream stream) {
   return Guarded("HcclReduce", [&] {
     auto comm = Find(handle);
     const Reduction reduction = RequireReduction(type, op);
@@ -142,7 +143,8 @@ HcclResult HcclAllGather(void* send, void* recv, uint64_t send_count, HcclDataTy
 }
 
 HcclResult HcclAllGatherV(void* send, uint64_t send_count, void* recv, const void* recv_counts,
-                          const void* recv_displacements, HcclDataType type, HcclComm handle, aclrtStream stream) {
+                          const void* recv_displacements, HcclDataType type, HcclComm handle,
+                          aclrtStream stream) {
   return Guarded("HcclAllGatherV", [&] {
     auto comm = Find(handle);
     ElementBytes(type);
@@ -153,7 +155,8 @@ HcclResult HcclAllGatherV(void* send, uint64_t send_count, void* recv, const voi
     }
     RequireBuffer("sendBuf", send, send_count);
     RequireBuffer("recvBuf", recv, TotalCount(blocks));
-    Launch("HcclAllGatherV", comm, stream, [=](Communicator& comm) { AllGather(comm, send, recv, blocks, type); });
+    Launch("HcclAllGatherV", comm, stream,
+           [=](Communicator& comm) { AllGather(comm, send, recv, blocks, type); });
   });
 }
 
@@ -164,12 +167,13 @@ HcclResult HcclBroadcast(void* buffer, uint64_t count, HcclDataType type, uint32
     ElementBytes(type);
     RequireRank("root", root, *comm);
     RequireBuffer("buf", buffer, count);
-    Launch("HcclBroadcast", comm, stream, [=](Communicator& comm) { Broadcast(comm, buffer, count, type, root); });
+    Launch("HcclBroadcast", comm, stream,
+           [=](Communicator& comm) { Broadcast(comm, buffer, count, type, root); });
   });
 }
 
-HcclResult HcclScatter(void* send, void* recv, uint64_t recv_count, HcclDataType type, uint32_t root, HcclComm handle,
-                       aclrtStream stream) {
+HcclResult HcclScatter(void* send, void* recv, uint64_t recv_count, HcclDataType type, uint32_t root,
+                       HcclComm handle, aclrtStream stream) {
   return Guarded("HcclScatter", [&] {
     auto comm = Find(handle);
     ElementBytes(type);
@@ -186,7 +190,8 @@ HcclResult HcclAlltoAll(const void* send, uint64_t send_count, HcclDataType send
   return Guarded("HcclAlltoAll", [&] {
     auto comm = Find(handle);
     RequireSameType(send_type, recv_type);
-    if (send_count != recv_count) throw Error(HCCL_E_PARA, "sendCount and recvCount differ; use HcclAlltoAllV");
+    if (send_count != recv_count)
+      throw Error(HCCL_E_PARA, "sendCount and recvCount differ; use HcclAlltoAllV");
     RequireBuffer("sendBuf", send, send_count);
     RequireBuffer("recvBuf", recv, recv_count);
     void* received = const_cast<void*>(recv);  // HCCL's header has it const, though it is written
@@ -208,28 +213,31 @@ HcclResult HcclAlltoAllV(const void* send, const void* send_counts, const void* 
     const std::vector<Block> recv_blocks = ReadBlocks(recv_counts, recv_displacements, comm->size());
     if (send_blocks[comm->rank()].count != recv_blocks[comm->rank()].count) {
       throw Error(HCCL_E_PARA, "this rank sends itself " + std::to_string(send_blocks[comm->rank()].count) +
-                                   " elements and expects " + std::to_string(recv_blocks[comm->rank()].count));
+                                   " elements and expects " +
+                                   std::to_string(recv_blocks[comm->rank()].count));
     }
     RequireBuffer("sendBuf", send, TotalCount(send_blocks));
     RequireBuffer("recvBuf", recv, TotalCount(recv_blocks));
     void* received = const_cast<void*>(recv);  // as in HcclAlltoAll
-    Launch("HcclAlltoAllV", comm, stream, [=](Communicator& comm) {
-      AllToAll(comm, send, send_blocks, send_type, received, recv_blocks);
-    });
+    Launch("HcclAlltoAllV", comm, stream,
+           [=](Communicator& comm) { AllToAll(comm, send, send_blocks, send_type, received, recv_blocks); });
   });
 }
 
 HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, uint32_t to, HcclComm handle,
                     aclrtStream stream) {
-  return Guarded("HcclSend", [&] { LaunchOrGroup("HcclSend", SendOf(buffer, count, type, to, handle, stream)); });
+  return Guarded("HcclSend",
+                 [&] { LaunchOrGroup("HcclSend", SendOf(buffer, count, type, to, handle, stream)); });
 }
 
 HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t from, HcclComm handle,
                     aclrtStream stream) {
-  return Guarded("HcclRecv", [&] { LaunchOrGroup("HcclRecv", ReceiveOf(buffer, count, type, from, handle, stream)); });
+  return Guarded("HcclRecv",
+                 [&] { LaunchOrGroup("HcclRecv", ReceiveOf(buffer, count, type, from, handle, stream)); });
 }
 
-HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t num_items, HcclComm handle, aclrtStream stream) {
+HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t num_items, HcclComm handle,
+                             aclrtStream stream) {
   return Guarded("HcclBatchSendRecv", [&] {
     RequireBuffer("sendRecvInfo", items, num_items);
     Messages all{Find(handle), stream, {}, {}};
@@ -250,8 +258,9 @@ HcclResult HcclBatchSendRecv(HcclSendRecvItem* items, uint32_t num_items, HcclCo
 }
 
 HcclResult HcclBarrier(HcclComm handle, aclrtStream stream) {
-  return Guarded("HcclBarrier",
-                 [&] { Launch("HcclBarrier", Find(handle), stream, [](Communicator& comm) { Barrier(comm); }); });
+  return Guarded("HcclBarrier", [&] {
+    Launch("HcclBarrier", Find(handle), stream, [](Communicator& comm) { Barrier(comm); });
+  });
 }
 
 }  // extern "C"

@@ -80,7 +80,9 @@ void Append(std::vector<T>& to, const std::vector<T>& from) {
 
 }  // namespace
 
-HcclComm Register(std::shared_ptr<Communicator> communicator) { return Registry::Get().Add(std::move(communicator)); }
+HcclComm Register(std::shared_ptr<Communicator> communicator) {
+  return Registry::Get().Add(std::move(communicator));
+}
 
 std::shared_ptr<Communicator> Find(HcclComm handle) { return Registry::Get().Find(handle); }
 
@@ -105,7 +107,8 @@ void Launch(const char* call, std::shared_ptr<Communicator> communicator, aclrtS
       throw;
     }
   };
-  communicator->Issue(std::move(reported), [&](std::function<void()> task) { stream.Enqueue(std::move(task)); });
+  communicator->Issue(std::move(reported),
+                      [&](std::function<void()> task) { stream.Enqueue(std::move(task)); });
 }
 
 void LaunchOrGroup(const char* call, Messages messages) {

@@ -19,7 +19,8 @@ namespace ascend_emulator::hccl {
 /// Makes `communicator` known and returns its handle.
 HcclComm Register(std::shared_ptr<Communicator> communicator);
 
-/// The communicator behind a handle. Throws Error: HCCL_E_PTR for null, HCCL_E_PARA for a handle that is not live.
+/// The communicator behind a handle. Throws Error: HCCL_E_PTR for null, HCCL_E_PARA for a handle that is not
+/// live.
 std::shared_ptr<Communicator> Find(HcclComm handle);
 
 /// Forgets the handle. Throws as Find does.
@@ -43,7 +44,8 @@ HcclResult Guarded(const char* call, Body body) {
   }
 }
 
-/// Puts `operation` on the stream and returns at once. If it fails there, it prints why, and the stream is broken.
+/// Puts `operation` on the stream and returns at once. If it fails there, it prints why, and the stream is
+/// broken.
 void Launch(const char* call, std::shared_ptr<Communicator> communicator, aclrtStream stream,
             std::function<void(Communicator&)> operation);
 
@@ -58,8 +60,8 @@ struct Messages {
 /// Launches the messages, or keeps them until the outermost group of this thread ends.
 void LaunchOrGroup(const char* call, Messages messages);
 
-/// Groups nest. What is sent and received inside is launched when the outermost group ends, as one exchange for each
-/// communicator and stream.
+/// Groups nest. What is sent and received inside is launched when the outermost group ends, as one exchange
+/// for each communicator and stream.
 void StartGroup();
 
 /// Throws Error(HCCL_E_PARA) if no group was started in this thread.

@@ -2,9 +2,9 @@
 //
 // libhccl: making, asking and destroying communicators, and the settings of the whole library.
 //
-// Ways to make one that are not emulated (rank tables, several roots, several ranks in one process, parts of another
-// communicator) and calls for windows of memory and for suspension are absent: torch_npu looks all of them up by
-// name, and then does without or raises with the name.
+// Ways to make one that are not emulated (rank tables, several roots, several ranks in one process, parts of
+// another communicator) and calls for windows of memory and for suspension are absent: torch_npu looks all of
+// them up by name, and then does without or raises with the name.
 #include <acl/acl.h>
 
 #include <cstdio>
@@ -31,7 +31,8 @@ std::string DefaultName(const Invitation& invitation) {
   return name;
 }
 
-HcclComm Join(uint32_t num_ranks, const HcclRootInfo* root_info, uint32_t rank, const HcclCommConfig* config) {
+HcclComm Join(uint32_t num_ranks, const HcclRootInfo* root_info, uint32_t rank,
+              const HcclCommConfig* config) {
   RequireNonNull("rootInfo", root_info);
   Invitation invitation;
   std::memcpy(&invitation, root_info->internal, sizeof invitation);
@@ -54,7 +55,8 @@ HcclResult HcclGetRootInfo(HcclRootInfo* root_info) {
   });
 }
 
-HcclResult HcclCommInitRootInfo(uint32_t num_ranks, const HcclRootInfo* root_info, uint32_t rank, HcclComm* comm) {
+HcclResult HcclCommInitRootInfo(uint32_t num_ranks, const HcclRootInfo* root_info, uint32_t rank,
+                                HcclComm* comm) {
   return Guarded("HcclCommInitRootInfo", [&] {
     RequireNonNull("comm", comm);
     *comm = Join(num_ranks, root_info, rank, nullptr);
@@ -109,7 +111,8 @@ uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_RESERVED; }
 HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue value) {
   return Guarded("HcclSetConfig", [&] {
     if (config != HCCL_DETERMINISTIC) {
-      throw Error(HCCL_E_NOT_SUPPORT, "HcclConfig " + std::to_string(config) + " is not emulated; see docs/emulator.md");
+      throw Error(HCCL_E_NOT_SUPPORT,
+                  "HcclConfig " + std::to_string(config) + " is not emulated; see docs/emulator.md");
     }
     if (value.value != 0 && value.value != 1) throw Error(HCCL_E_PARA, "HCCL_DETERMINISTIC must be 0 or 1");
   });
@@ -119,7 +122,8 @@ HcclResult HcclGetConfig(HcclConfig config, HcclConfigValue* value) {
   return Guarded("HcclGetConfig", [&] {
     RequireNonNull("configValue", value);
     if (config != HCCL_DETERMINISTIC) {
-      throw Error(HCCL_E_NOT_SUPPORT, "HcclConfig " + std::to_string(config) + " is not emulated; see docs/emulator.md");
+      throw Error(HCCL_E_NOT_SUPPORT,
+                  "HcclConfig " + std::to_string(config) + " is not emulated; see docs/emulator.md");
     }
     value->value = 1;
   });
@@ -127,20 +131,34 @@ HcclResult HcclGetConfig(HcclConfig config, HcclConfigValue* value) {
 
 const char* HcclGetErrorString(HcclResult code) {
   switch (code) {
-    case HCCL_SUCCESS: return "no error";
-    case HCCL_E_PARA: return "parameter error";
-    case HCCL_E_PTR: return "empty pointer";
-    case HCCL_E_MEMORY: return "memory error";
-    case HCCL_E_INTERNAL: return "internal error";
-    case HCCL_E_NOT_SUPPORT: return "not support feature";
-    case HCCL_E_NOT_FOUND: return "not found specific resource";
-    case HCCL_E_UNAVAIL: return "resource unavailable";
-    case HCCL_E_SYSCALL: return "call system interface error";
-    case HCCL_E_TIMEOUT: return "timeout";
-    case HCCL_E_OPEN_FILE_FAILURE: return "open file fail";
-    case HCCL_E_RUNTIME: return "call runtime api fail";
-    case HCCL_E_REMOTE: return "error cqe";
-    default: return "unknown error";
+    case HCCL_SUCCESS:
+      return "no error";
+    case HCCL_E_PARA:
+      return "parameter error";
+    case HCCL_E_PTR:
+      return "empty pointer";
+    case HCCL_E_MEMORY:
+      return "memory error";
+    case HCCL_E_INTERNAL:
+      return "internal error";
+    case HCCL_E_NOT_SUPPORT:
+      return "not support feature";
+    case HCCL_E_NOT_FOUND:
+      return "not found specific resource";
+    case HCCL_E_UNAVAIL:
+      return "resource unavailable";
+    case HCCL_E_SYSCALL:
+      return "call system interface error";
+    case HCCL_E_TIMEOUT:
+      return "timeout";
+    case HCCL_E_OPEN_FILE_FAILURE:
+      return "open file fail";
+    case HCCL_E_RUNTIME:
+      return "call runtime api fail";
+    case HCCL_E_REMOTE:
+      return "error cqe";
+    default:
+      return "unknown error";
   }
 }
 

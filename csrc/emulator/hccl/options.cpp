@@ -44,7 +44,8 @@ HcclCommConfig Complete(const HcclCommConfig* config) {
   ConfigHead head;
   std::memcpy(&head, config, sizeof head);
   if (head.magic != HCCL_COMM_CONFIG_MAGIC_WORD || head.size < sizeof head) {
-    throw Error(HCCL_E_PARA, "the communicator's configuration is not initialised; call HcclCommConfigInit first");
+    throw Error(HCCL_E_PARA,
+                "the communicator's configuration is not initialised; call HcclCommConfigInit first");
   }
   std::memcpy(&complete, config, std::min(head.size, sizeof complete));
   return complete;
@@ -54,7 +55,8 @@ std::optional<std::chrono::seconds> ExchangeTimeout(const HcclCommConfig& config
   const bool configured = config.hcclExecTimeOut != HCCL_COMM_EXECTIMEOUT_CONFIG_NOT_SET;
   const int64_t seconds =
       configured ? config.hcclExecTimeOut : FromEnvironment("HCCL_EXEC_TIMEOUT", 0, kDefaultExecTimeoutS);
-  if (seconds < 0) throw Error(HCCL_E_PARA, "hcclExecTimeOut is negative; set seconds, or 0 to wait for ever");
+  if (seconds < 0)
+    throw Error(HCCL_E_PARA, "hcclExecTimeOut is negative; set seconds, or 0 to wait for ever");
   if (seconds == 0) return std::nullopt;
   return std::chrono::seconds(seconds);
 }

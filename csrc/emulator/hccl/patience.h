@@ -8,8 +8,9 @@
 
 namespace ascend_emulator::hccl {
 
-/// Waits in ever longer steps: first yields, so that a peer that is about to answer is met within microseconds, then
-/// sleeps up to half a millisecond, so that many waiting ranks leave two cores to the ones that compute.
+/// Waits in ever longer steps: first yields, so that a peer that is about to answer is met within
+/// microseconds, then sleeps up to half a millisecond, so that many waiting ranks leave two cores to the ones
+/// that compute.
 class Patience {
  public:
   /// `limit`: how long to wait without progress; none means for ever.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reads /proc/PID/stat. kill(pid, 0) is not enough: it succeeds for a zombie and for a stranger with the same number.
+// Reads /proc/PID/stat. kill(pid, 0) is not enough: it succeeds for a zombie and for a stranger with the same
+// number.
 #include "hccl/process.h"
 
 #include <unistd.h>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reductions, one template over how an element is loaded, combined and stored. See reduce.h for what they promise.
+// Reductions, one template over how an element is loaded, combined and stored. See reduce.h for what they
+// promise.
 #include "hccl/reduce.h"
 
 #include <algorithm>
@@ -159,11 +160,16 @@ void ReduceElements(const std::vector<const void*>& inputs, size_t count, void* 
 template <typename Element>
 void ReduceWith(HcclReduceOp op, const std::vector<const void*>& inputs, size_t count, void* output) {
   switch (op) {
-    case HCCL_REDUCE_SUM: return ReduceElements<Element, Sum>(inputs, count, output);
-    case HCCL_REDUCE_PROD: return ReduceElements<Element, Product>(inputs, count, output);
-    case HCCL_REDUCE_MAX: return ReduceElements<Element, Largest>(inputs, count, output);
-    case HCCL_REDUCE_MIN: return ReduceElements<Element, Smallest>(inputs, count, output);
-    default: throw Error(HCCL_E_PARA, "reduce operation " + std::to_string(op) + " does not exist; use 0 to 3");
+    case HCCL_REDUCE_SUM:
+      return ReduceElements<Element, Sum>(inputs, count, output);
+    case HCCL_REDUCE_PROD:
+      return ReduceElements<Element, Product>(inputs, count, output);
+    case HCCL_REDUCE_MAX:
+      return ReduceElements<Element, Largest>(inputs, count, output);
+    case HCCL_REDUCE_MIN:
+      return ReduceElements<Element, Smallest>(inputs, count, output);
+    default:
+      throw Error(HCCL_E_PARA, "reduce operation " + std::to_string(op) + " does not exist; use 0 to 3");
   }
 }
 
@@ -175,8 +181,10 @@ bool Reducible(HcclDataType type) {
     case HCCL_DATA_TYPE_INT64:
     case HCCL_DATA_TYPE_FP16:
     case HCCL_DATA_TYPE_FP32:
-    case HCCL_DATA_TYPE_BFP16: return true;
-    default: return false;
+    case HCCL_DATA_TYPE_BFP16:
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -189,19 +197,25 @@ size_t ElementBytes(HcclDataType type) {
     case HCCL_DATA_TYPE_HIF8:
     case HCCL_DATA_TYPE_FP8E4M3:
     case HCCL_DATA_TYPE_FP8E5M2:
-    case HCCL_DATA_TYPE_FP8E8M0: return 1;
+    case HCCL_DATA_TYPE_FP8E8M0:
+      return 1;
     case HCCL_DATA_TYPE_INT16:
     case HCCL_DATA_TYPE_UINT16:
     case HCCL_DATA_TYPE_FP16:
-    case HCCL_DATA_TYPE_BFP16: return 2;
+    case HCCL_DATA_TYPE_BFP16:
+      return 2;
     case HCCL_DATA_TYPE_INT32:
     case HCCL_DATA_TYPE_UINT32:
-    case HCCL_DATA_TYPE_FP32: return 4;
+    case HCCL_DATA_TYPE_FP32:
+      return 4;
     case HCCL_DATA_TYPE_INT64:
     case HCCL_DATA_TYPE_UINT64:
-    case HCCL_DATA_TYPE_FP64: return 8;
-    case HCCL_DATA_TYPE_INT128: return 16;
-    default: throw Error(HCCL_E_PARA, "data type " + std::to_string(type) + " does not exist; see HcclDataType");
+    case HCCL_DATA_TYPE_FP64:
+      return 8;
+    case HCCL_DATA_TYPE_INT128:
+      return 16;
+    default:
+      throw Error(HCCL_E_PARA, "data type " + std::to_string(type) + " does not exist; see HcclDataType");
   }
 }
 
@@ -220,16 +234,25 @@ void CheckReduction(HcclDataType type, HcclReduceOp op) {
   }
 }
 
-void Reduce(HcclDataType type, HcclReduceOp op, const std::vector<const void*>& inputs, size_t count, void* output) {
+void Reduce(HcclDataType type, HcclReduceOp op, const std::vector<const void*>& inputs, size_t count,
+            void* output) {
   switch (type) {
-    case HCCL_DATA_TYPE_INT8: return ReduceWith<Plain<int8_t>>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_INT16: return ReduceWith<Plain<int16_t>>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_INT32: return ReduceWith<Plain<int32_t>>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_INT64: return ReduceWith<Plain<int64_t>>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_FP16: return ReduceWith<Float16>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_FP32: return ReduceWith<Plain<float>>(op, inputs, count, output);
-    case HCCL_DATA_TYPE_BFP16: return ReduceWith<BFloat16>(op, inputs, count, output);
-    default: throw Error(HCCL_E_NOT_SUPPORT, "data type " + std::to_string(type) + " has no reduction");
+    case HCCL_DATA_TYPE_INT8:
+      return ReduceWith<Plain<int8_t>>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_INT16:
+      return ReduceWith<Plain<int16_t>>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_INT32:
+      return ReduceWith<Plain<int32_t>>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_INT64:
+      return ReduceWith<Plain<int64_t>>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_FP16:
+      return ReduceWith<Float16>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_FP32:
+      return ReduceWith<Plain<float>>(op, inputs, count, output);
+    case HCCL_DATA_TYPE_BFP16:
+      return ReduceWith<BFloat16>(op, inputs, count, output);
+    default:
+      throw Error(HCCL_E_NOT_SUPPORT, "data type " + std::to_string(type) + " has no reduction");
   }
 }
 

@@ -26,14 +26,14 @@ class Ring {
   Ring(RingCursors* cursors, std::byte* bytes, size_t capacity)
       : cursors_(cursors), bytes_(bytes), capacity_(capacity) {}
 
-  /// Appends as much of `size` bytes as there is room for and returns how much that was. Called by the writer only.
+  /// Appends as much of `size` bytes as there is room for and returns how much that was. Called by the writer
+  /// only.
   size_t Write(const std::byte* data, size_t size) {
     const uint64_t written = cursors_->written.load(std::memory_order_relaxed);
     const uint64_t read = cursors_->read.load(std::memory_order_acquire);
     const size_t moved = std::min<size_t>(size, capacity_ - (written - read));
-    ForEachRun(written, moved, [&](size_t at, size_t done, size_t length) {
-      std::memcpy(bytes_ + at, data + done, length);
-    });
+    ForEachRun(written, moved,
+               [&](size_t at, size_t done, size_t length) { std::memcpy(bytes_ + at, data + done, length); });
     cursors_->written.store(written + moved, std::memory_order_release);
     return moved;
   }
@@ -43,9 +43,8 @@ class Ring {
     const uint64_t read = cursors_->read.load(std::memory_order_relaxed);
     const uint64_t written = cursors_->written.load(std::memory_order_acquire);
     const size_t moved = std::min<size_t>(size, written - read);
-    ForEachRun(read, moved, [&](size_t at, size_t done, size_t length) {
-      std::memcpy(data + done, bytes_ + at, length);
-    });
+    ForEachRun(read, moved,
+               [&](size_t at, size_t done, size_t length) { std::memcpy(data + done, bytes_ + at, length); });
     cursors_->read.store(read + moved, std::memory_order_release);
     return moved;
   }

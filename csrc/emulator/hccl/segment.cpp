@@ -100,17 +100,18 @@ Descriptor Open(const Invitation& invitation) {
                                         " and this is " + here.data() +
                                         "; the emulated HCCL joins processes of one host only");
   }
-  const std::string path = "/proc/" + std::to_string(invitation.founder.pid) + "/fd/" +
-                           std::to_string(invitation.descriptor);
+  const std::string path =
+      "/proc/" + std::to_string(invitation.founder.pid) + "/fd/" + std::to_string(invitation.descriptor);
   const int number = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (number >= 0) return Descriptor(number);
   if (!invitation.founder.Alive()) {
     throw Error(HCCL_E_REMOTE, "process " + std::to_string(invitation.founder.pid) +
                                    ", which made the root info, has ended; start all ranks again");
   }
-  throw Error(HCCL_E_OPEN_FILE_FAILURE, "cannot open " + path + ": " + std::strerror(errno) +
-                                            "; all ranks must run as one user in one PID namespace and join while rank "
-                                            "0 waits (HCCL_CONNECT_TIMEOUT)");
+  throw Error(HCCL_E_OPEN_FILE_FAILURE,
+              "cannot open " + path + ": " + std::strerror(errno) +
+                  "; all ranks must run as one user in one PID namespace and join while rank "
+                  "0 waits (HCCL_CONNECT_TIMEOUT)");
 }
 
 }  // namespace
@@ -135,7 +136,8 @@ Invitation Invitation::Found() {
   invitation.host = HostName();
   for (uint64_t& word : invitation.token) word = (uint64_t{random()} << 32) | random();
   const auto size = static_cast<ssize_t>(sizeof invitation.token);
-  if (pwrite(file.number(), invitation.token.data(), sizeof invitation.token, 0) != size) ThrowErrno("pwrite");
+  if (pwrite(file.number(), invitation.token.data(), sizeof invitation.token, 0) != size)
+    ThrowErrno("pwrite");
   Founded().Keep(invitation, std::move(file));
   return invitation;
 }
@@ -144,8 +146,8 @@ size_t Segment::DirectoryBytes() { return RoundUp(sizeof(Directory), 4096); }
 
 std::unique_ptr<Segment> Segment::Join(const Invitation& invitation, const JoinRequest& request) {
   if (request.num_ranks == 0 || request.num_ranks > kMaxRanks) {
-    throw Error(HCCL_E_PARA, "a communicator of " + std::to_string(request.num_ranks) + " ranks was asked for; 1 to " +
-                                 std::to_string(kMaxRanks) + " are possible");
+    throw Error(HCCL_E_PARA, "a communicator of " + std::to_string(request.num_ranks) +
+                                 " ranks was asked for; 1 to " + std::to_string(kMaxRanks) + " are possible");
   }
   if (request.rank >= request.num_ranks) {
     throw Error(HCCL_E_PARA, "rank " + std::to_string(request.rank) + " was asked for in a communicator of " +
@@ -156,7 +158,8 @@ std::unique_ptr<Segment> Segment::Join(const Invitation& invitation, const JoinR
   std::unique_ptr<Segment> segment(new Segment(request));
   segment->Map(file.number(), DirectoryBytes());
   if (segment->directory().token != invitation.token) {
-    throw Error(HCCL_E_REMOTE, "the communicator of this root info is gone; every root info serves one communicator");
+    throw Error(HCCL_E_REMOTE,
+                "the communicator of this root info is gone; every root info serves one communicator");
   }
   segment->AgreeOnShape(file.number(), request.buffer_bytes);
   segment->Claim();
@@ -229,9 +232,9 @@ void Segment::AwaitAll(std::chrono::seconds timeout) {
     patience.Pause();
     if (patience.TimeToLook()) ThrowIfSomeoneEnded();
     if (patience.Exhausted()) {
-      throw Error(HCCL_E_TIMEOUT, "rank " + std::to_string(missing.front()) + " of " + std::to_string(num_ranks_) +
-                                      " did not join within " + std::to_string(timeout.count()) +
-                                      " s (HCCL_CONNECT_TIMEOUT)");
+      throw Error(HCCL_E_TIMEOUT, "rank " + std::to_string(missing.front()) + " of " +
+                                      std::to_string(num_ranks_) + " did not join within " +
+                                      std::to_string(timeout.count()) + " s (HCCL_CONNECT_TIMEOUT)");
     }
   }
   joined_ = true;
@@ -253,7 +256,8 @@ void Segment::ThrowIfSomeoneEnded() const {
     const bool dead = state == RankState::kPresent && !entry(rank).process().Alive();
     if (dead || state == RankState::kFailed) {
       throw Error(HCCL_E_REMOTE, "rank " + std::to_string(rank) + " (process " +
-                                     std::to_string(entry(rank).pid.load()) + ") ended while the others joined");
+                                     std::to_string(entry(rank).pid.load()) +
+                                     ") ended while the others joined");
     }
   }
 }

@@ -2,9 +2,10 @@
 //
 // The memory that the ranks of one communicator share, and how they find it.
 //
-// The founder makes an anonymous file in memory (memfd) and hands out an Invitation: its process, the file's number there and
-// a random token. The others open it as /proc/PID/fd/NUMBER. It never has a name in the file system, so nothing is left
-// behind however a process ends, and when all ranks have mapped it every descriptor is closed.
+// The founder makes an anonymous file in memory (memfd) and hands out an Invitation: its process, the file's
+// number there and a random token. The others open it as /proc/PID/fd/NUMBER. It never has a name in the file
+// system, so nothing is left behind however a process ends, and when all ranks have mapped it every
+// descriptor is closed.
 //
 //   [Directory: who is here, in what state][ring 0->0][ring 0->1] ... [ring n-1->n-1]
 #pragma once
@@ -64,9 +65,9 @@ class Segment {
  public:
   static constexpr uint32_t kMaxRanks = 64;
 
-  /// Joins as request.rank and returns when all ranks have joined. Throws Error: HCCL_E_PARA for an invitation, size or
-  /// rank that does not fit what the others said; HCCL_E_TIMEOUT naming the ranks that did not come; HCCL_E_REMOTE for
-  /// a rank that ended meanwhile.
+  /// Joins as request.rank and returns when all ranks have joined. Throws Error: HCCL_E_PARA for an
+  /// invitation, size or rank that does not fit what the others said; HCCL_E_TIMEOUT naming the ranks that
+  /// did not come; HCCL_E_REMOTE for a rank that ended meanwhile.
   static std::unique_ptr<Segment> Join(const Invitation& invitation, const JoinRequest& request);
 
   /// Tells the others that this rank has left, unless it told them that it failed.
