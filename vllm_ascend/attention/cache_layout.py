@@ -33,8 +33,11 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-Block = TypeVar("Block", int, "torch.Tensor")
-"""One block id, or a tensor of them."""
+Block = TypeVar("Block", int, "torch.Tensor", npt.NDArray[np.int64])
+"""One block id, or many."""
+
+OPERATOR_ROW_BYTES = 32
+"""The paged operators move rows (K of one token, all heads) whose size is a multiple of this."""
 
 LAYOUT_NAME = "token-major"
 """How a peer is told the order of bytes in a page; equal names mean equal order."""
@@ -97,26 +100,18 @@ def page_layout(kv_cache: torch.Tensor) -> PageLayout:
     return PageLayout(block_size, num_heads, content // HALVES, kv_cache.element_size())
 
 
-def half_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """All half-pages of a layer in memory order: [2 * num_blocks, block_size, heads, head_size].
-
-    `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. The result shares
-    memory with it. Raises ValueError if the view is not a row of whole pages.
-    """
-    _check_pages(kv_cache)
-    num_blocks, num_heads, block_size, content = kv_cache.shape
-    return kv_cache.view(HALVES * num_blocks, block_size, num_heads, content // HALVES)
-
-
-def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """`(key_cache, value_cache)` of a layer, for operators that take block table entries of 2 * block.
 
     `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. Both results are
     contiguous, [2 * num_blocks - 1, block_size, heads, head_size], and share memory with it and each other:
-    the value cache starts one half-page after the key cache. Raises ValueError if the view is not a row of
-    whole pages.
+    the value cache starts one half-page after the key cache. With `shares`, a divisor of the heads, every page
+    is seen as that many pages of fewer heads, each with its own K and V. Raises ValueError if the view is not
+    a row of whole pages.
     """
-    halves = half_pages(kv_cache)
+    _check_pages(kv_cache)
+    num_blocks, num_heads, block_size, content = kv_cache.shape
+    halves = kv_cache.view(HALVES * num_blocks * shares, block_size, num_heads // shares, content // HALVES)
     return halves[:-1], halves[1:]
 
 

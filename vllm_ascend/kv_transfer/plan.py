@@ -15,7 +15,8 @@ How a page maps depends on the heads that are wanted of a rank.
 
   so that no other memory is needed; afterwards `regroup` puts the heads of each token side by side.
 
-  Otherwise: each token's K and V row is a range of its own, read to where it belongs. Nothing is regrouped.
+  Otherwise, and where the rows of a share are too small for the operators that regroup: each token's K and
+  V row is a range of its own, read to where it belongs. Nothing is regrouped.
 
 `prove_cover` checks before anything moves that every wanted byte is written exactly once, and nothing else.
 """
@@ -29,7 +30,7 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.attention.cache_layout import OPERATOR_ROW_BYTES, PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
 from vllm_ascend.kv_transfer.blocks import BlockRuns
 from vllm_ascend.kv_transfer.topology import HeadRead, Span, plan_head_reads
@@ -207,9 +208,14 @@ def _equal_shares(
     local: RankMemory, prefill: Sequence[RankMemory], reads: Sequence[tuple[list[int], HeadRead]]
 ) -> int | None:
     """How many shares a page is cut into; None if ranks give only part of their heads, or unequally many."""
-    whole = all(read.heads == prefill[stage[read.prefill_rank]].heads for stage, read in reads)
+    if any(read.heads != prefill[stage[read.prefill_rank]].heads for stage, read in reads):
+        return None
     sizes = {len(read.heads) for _, read in reads}
-    return len(local.heads) // sizes.pop() if whole and len(sizes) == 1 else None
+    if len(sizes) > 1:
+        return None
+    size = sizes.pop()
+    movable = size * local.page.head_bytes % OPERATOR_ROW_BYTES == 0
+    return len(local.heads) // size if size == len(local.heads) or movable else None
 
 
 def _source(

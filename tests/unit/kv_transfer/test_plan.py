@@ -17,19 +17,18 @@ from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_
 from vllm_ascend.kv_transfer.topology import Span, first_turn, heads_on
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
 
-HEAD_BYTES = 4
-"""Head size 2, two bytes per element."""
+HEAD_SIZE, HEAD_BYTES = 16, 32
 
 
-def rank_memory(heads: tuple[int, int], base: int, num_blocks: int = 8, layers: int = 1) -> RankMemory:
-    """Two tokens per block, so K of one head and block is 8 bytes and a page of one head is 16."""
-    page = PageLayout(block_size=2, num_heads=heads[1] - heads[0], head_size=2, itemsize_bytes=2)
+def rank_memory(heads: tuple[int, int], base: int, layers: int = 1, head_size: int = 16) -> RankMemory:
+    """Eight blocks of two tokens; with 32 bytes per head a page of one head is 128 bytes."""
+    page = PageLayout(block_size=2, num_heads=heads[1] - heads[0], head_size=head_size, itemsize_bytes=2)
     return RankMemory(
         heads=Span(*heads),
         page=page,
-        num_blocks=num_blocks,
+        num_blocks=8,
         layers=tuple(f"layer.{i}" for i in range(layers)),
-        addresses=tuple(Address(base + i * num_blocks * page.page_bytes) for i in range(layers)),
+        addresses=tuple(Address(base + i * 8 * page.page_bytes) for i in range(layers)),
     )
 
 
@@ -50,56 +49,66 @@ def ranges(plan: PairPlan, runs: BlockRuns) -> list[tuple[int, int, int, int]]:
     ("local", "prefill", "pairs", "expected"),
     [
         pytest.param(
-            rank_memory((0, 2), 1000),
-            [rank_memory((0, 2), 5000)],
+            rank_memory((0, 2), 10000),
+            [rank_memory((0, 2), 50000)],
             [(3, 1)],
-            [(0, 5096, 1032, 32)],
-            id="same heads, one block: the page of 32 bytes in one range",
+            [(0, 50768, 10256, 256)],
+            id="same heads, one block: the page of 256 bytes in one range",
         ),
         pytest.param(
-            rank_memory((0, 2), 1000),
-            [rank_memory((0, 2), 5000)],
+            rank_memory((0, 2), 10000),
+            [rank_memory((0, 2), 50000)],
             [(3, 1), (4, 2), (6, 3)],
-            [(0, 5096, 1032, 64), (0, 5192, 1096, 32)],
+            [(0, 50768, 10256, 512), (0, 51536, 10768, 256)],
             id="same heads: neighbouring blocks are one range",
         ),
         pytest.param(
-            rank_memory((0, 2), 1000, layers=2),
-            [rank_memory((0, 2), 5000, layers=2)],
+            rank_memory((0, 2), 10000, layers=2),
+            [rank_memory((0, 2), 50000, layers=2)],
             [(0, 0)],
-            [(0, 5000, 1000, 32), (0, 5256, 1256, 32)],
+            [(0, 50000, 10000, 256), (0, 52048, 12048, 256)],
             id="same heads, two layers: a range each",
         ),
         pytest.param(
-            rank_memory((0, 2), 1000),
-            [rank_memory((0, 1), 5000), rank_memory((1, 2), 6000)],
+            rank_memory((0, 2), 10000),
+            [rank_memory((0, 1), 50000), rank_memory((1, 2), 60000)],
             [(3, 1)],
-            [(0, 5048, 1032, 16), (1, 6048, 1048, 16)],
+            [(0, 50384, 10256, 128), (1, 60384, 10384, 128)],
             id="two ranks of one head: each fills half of the page",
         ),
         pytest.param(
-            rank_memory((0, 2), 1000),
-            [rank_memory((0, 1), 5000), rank_memory((1, 2), 6000)],
+            rank_memory((0, 2), 10000),
+            [rank_memory((0, 1), 50000), rank_memory((1, 2), 60000)],
             [(3, 1), (4, 2)],
-            [(0, 5048, 1032, 32), (1, 6048, 1064, 32)],
+            [(0, 50384, 10256, 256), (1, 60384, 10512, 256)],
             id="two ranks, a run of two blocks: each fills half of the run",
         ),
         pytest.param(
-            rank_memory((1, 2), 1000),
-            [rank_memory((0, 2), 5000)],
+            rank_memory((1, 2), 10000),
+            [rank_memory((0, 2), 50000)],
             [(0, 0)],
-            [(0, 5004, 1000, 4), (0, 5012, 1004, 4), (0, 5020, 1008, 4), (0, 5028, 1012, 4)],
+            [(0, 50032, 10000, 32), (0, 50096, 10032, 32), (0, 50160, 10064, 32), (0, 50224, 10096, 32)],
             id="one head of two: K of each token, then V of each token",
         ),
         pytest.param(
-            rank_memory((3, 6), 1000),
-            [rank_memory((0, 2), 5000), rank_memory((2, 4), 6000), rank_memory((4, 6), 7000)],
+            rank_memory((3, 6), 10000),
+            [rank_memory((0, 2), 50000), rank_memory((2, 4), 60000), rank_memory((4, 6), 70000)],
             [(0, 0)],
             [
-                *[(1, 6004, 1000, 4), (1, 6012, 1012, 4), (1, 6020, 1024, 4), (1, 6028, 1036, 4)],
-                *[(2, 7000, 1004, 8), (2, 7008, 1016, 8), (2, 7016, 1028, 8), (2, 7024, 1040, 8)],
+                *[(1, 60032, 10000, 32), (1, 60096, 10096, 32), (1, 60160, 10192, 32), (1, 60224, 10288, 32)],
+                *[(2, 70000, 10032, 64), (2, 70064, 10128, 64), (2, 70128, 10224, 64), (2, 70192, 10320, 64)],
             ],
             id="three ranks to two: rows of one head from one rank and of two from the next",
+        ),
+        pytest.param(
+            rank_memory((0, 2), 10000, head_size=8),
+            [rank_memory((0, 1), 50000, head_size=8), rank_memory((1, 2), 60000, head_size=8)],
+            [(0, 0)],
+            [
+                *[(0, 50000, 10000, 16), (0, 50016, 10032, 16), (0, 50032, 10064, 16), (0, 50048, 10096, 16)],
+                *[(1, 60000, 10016, 16), (1, 60016, 10048, 16), (1, 60032, 10080, 16), (1, 60048, 10112, 16)],
+            ],
+            id="rows of 16 bytes, which no operator regroups: read to where they belong",
         ),
     ],
 )
@@ -111,11 +120,11 @@ def test_ranges(local, prefill, pairs, expected):
 
 
 def test_layers_are_read_from_the_stage_that_stores_them():
-    local = rank_memory((0, 1), 1000, layers=2)
-    first = dataclasses.replace(rank_memory((0, 1), 5000), layers=("layer.0",))
-    second = dataclasses.replace(rank_memory((0, 1), 6000), layers=("layer.1",))
+    local = rank_memory((0, 1), 10000, layers=2)
+    first = dataclasses.replace(rank_memory((0, 1), 50000), layers=("layer.0",))
+    second = dataclasses.replace(rank_memory((0, 1), 60000), layers=("layer.1",))
     plan = plan_pair(local, [first, second], turn=0)
-    assert ranges(plan, runs_of((2, 0))) == [(0, 5032, 1000, 16), (1, 6032, 1128, 16)]
+    assert ranges(plan, runs_of((2, 0))) == [(0, 50256, 10000, 128), (1, 60256, 11024, 128)]
 
 
 def test_shares_of_a_run_land_source_after_source():
@@ -125,7 +134,7 @@ def test_shares_of_a_run_land_source_after_source():
 
 def test_a_layer_that_prefill_does_not_store_is_refused_by_name():
     with pytest.raises(TopologyError, match=r"layer layer\.1 is stored by 0 pipeline stages"):
-        plan_pair(rank_memory((0, 1), 1000, layers=2), [rank_memory((0, 1), 5000)], turn=0)
+        plan_pair(rank_memory((0, 1), 10000, layers=2), [rank_memory((0, 1), 50000)], turn=0)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_a_layer_that_prefill_does_not_store_is_refused_by_name():
     ],
 )
 def test_blocks_outside_the_cache_are_never_read(pair, message):
-    plan = plan_pair(rank_memory((0, 2), 1000), [rank_memory((0, 2), 5000)], turn=0)
+    plan = plan_pair(rank_memory((0, 2), 10000), [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match=message):
         plan.copies(runs_of(pair))
 
@@ -145,22 +154,22 @@ def test_blocks_outside_the_cache_are_never_read(pair, message):
 @pytest.mark.parametrize(
     ("local_start", "num_bytes", "flaw"),
     [
-        pytest.param([1032, 1048], [16, 8], "complete: False", id="a byte is missing"),
-        pytest.param([1032, 1040], [16, 16], "disjoint: False", id="a byte is written twice"),
-        pytest.param([1032, 1064], [16, 16], "inside: False", id="a byte of another block is written"),
-        pytest.param([1016, 1048], [32, 0], "inside: False", id="a range begins in another block"),
+        pytest.param([10256, 10384], [128, 120], "complete: False", id="a byte is missing"),
+        pytest.param([10256, 10320], [128, 128], "disjoint: False", id="a byte is written twice"),
+        pytest.param([10256, 10512], [128, 128], "inside: False", id="a byte of another block is written"),
+        pytest.param([10128, 10384], [256, 0], "inside: False", id="a range begins in another block"),
     ],
 )
 def test_a_plan_that_does_not_cover_is_not_run(local_start, num_bytes, flaw):
     copies = Copies(np.zeros(2, np.int64), np.array(local_start), np.array(num_bytes))
     with pytest.raises(ReadFailed, match=flaw):
-        prove_cover(rank_memory((0, 2), 1000), runs_of((3, 1)), [copies])
+        prove_cover(rank_memory((0, 2), 10000), runs_of((3, 1)), [copies])
 
 
 def test_a_block_listed_twice_is_not_run():
-    local = rank_memory((0, 2), 1000)
+    local = rank_memory((0, 2), 10000)
     runs = runs_of((3, 1), (5, 1))
-    plan = plan_pair(local, [rank_memory((0, 2), 5000)], turn=0)
+    plan = plan_pair(local, [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match="blocks distinct: False"):
         prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
 
@@ -176,7 +185,7 @@ class Cache:
 
     def __init__(self, heads: Span, content: np.ndarray) -> None:
         self.bytes = np.ascontiguousarray(content)
-        page = PageLayout(BLOCK_SIZE, len(heads), head_size=2, itemsize_bytes=2)
+        page = PageLayout(BLOCK_SIZE, len(heads), HEAD_SIZE, itemsize_bytes=2)
         layer_bytes = NUM_BLOCKS * page.page_bytes
         assert self.bytes.nbytes == LAYERS * layer_bytes
         self.region = Region(Address(self.bytes.ctypes.data), self.bytes.nbytes)
@@ -248,7 +257,7 @@ def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_chan
 def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
     num_kv_heads, prefill_tp, decode_tp, remote_blocks, local_blocks, longest, turn = transfer
     assume(prefill_tp % decode_tp == 0)
-    page = PageLayout(BLOCK_SIZE, 1, 2, 2)
+    page = PageLayout(BLOCK_SIZE, 1, HEAD_SIZE, 2)
     spans = [heads_on(rank, prefill_tp, num_kv_heads) for rank in range(prefill_tp)]
     prefill = [
         RankMemory(span, page.with_heads(len(span)), NUM_BLOCKS, ("layer",), (Address(4096 * rank),))

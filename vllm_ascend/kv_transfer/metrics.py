@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transfer cost: per request for its user, per interval for vLLM's log."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+
+@dataclass(frozen=True)
+class TransferNumbers:
+    """One request's load, at one rank or, merged, at all ranks of the decode engine."""
+
+    prompt_tokens: int
+    blocks: int
+    """Blocks pulled; the others were a prefix hit."""
+    bytes: int
+    descriptors: int
+    source_ranks: tuple[int, ...]
+    """Prefill ranks that were read."""
+    queue_ms: float
+    """From the scheduler's decision to the start of the read."""
+    transfer_ms: float
+    regroup_ms: float
+
+    def merged(self, other: TransferNumbers) -> TransferNumbers:
+        """Both ranks' work as one: amounts add up, times are those of the slower rank."""
+        return TransferNumbers(
+            prompt_tokens=self.prompt_tokens,
+            blocks=self.blocks,
+            bytes=self.bytes + other.bytes,
+            descriptors=self.descriptors + other.descriptors,
+            source_ranks=tuple(sorted({*self.source_ranks, *other.source_ranks})),
+            queue_ms=max(self.queue_ms, other.queue_ms),
+            transfer_ms=max(self.transfer_ms, other.transfer_ms),
+            regroup_ms=max(self.regroup_ms, other.regroup_ms),
+        )
+
+    def as_params(self) -> dict[str, Any]:
+        """For the answer to the client, as plain JSON; milliseconds to the microsecond."""
+        return {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def nothing_moved(prompt_tokens: int) -> TransferNumbers:
+    """The numbers of a request whose whole prompt was a local prefix hit."""
+    return TransferNumbers(prompt_tokens, 0, 0, 0, (), 0.0, 0.0, 0.0)
+
+
+class TransferStats(KVConnectorStats):
+    """Sums over an interval, for vLLM's periodic line `KV Transfer metrics: ...`."""
+
+    _SUMS = ("loads", "failed", "blocks", "bytes", "descriptors", "transfer_ms", "regroup_ms")
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data=data or dict.fromkeys(self._SUMS, 0))
+
+    def add(self, numbers: TransferNumbers) -> None:
+        """Count one rank's load."""
+        self.data["loads"] += 1
+        for name in ("blocks", "bytes", "descriptors", "transfer_ms", "regroup_ms"):
+            self.data[name] += getattr(numbers, name)
+
+    def add_failure(self) -> None:
+        """Count one rank's failed load."""
+        self.data["failed"] += 1
+
+    def reset(self) -> None:
+        self.data = dict.fromkeys(self._SUMS, 0)
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return TransferStats({name: self.data[name] + other.data[name] for name in self._SUMS})
+
+    def reduce(self) -> dict[str, int | float]:
+        loads = max(1, self.data["loads"])
+        return {
+            "loads": self.data["loads"],
+            "failed loads": self.data["failed"],
+            "MiB": round(self.data["bytes"] / 2**20, 3),
+            "descriptors": self.data["descriptors"],
+            "mean transfer ms": round(self.data["transfer_ms"] / loads, 3),
+            "mean regroup ms": round(self.data["regroup_ms"] / loads, 3),
+        }
+
+    def is_empty(self) -> bool:
+        return not self.data["loads"] and not self.data["failed"]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mooncake's transfer engine behind `Transport`. The only file that imports mooncake.
+
+The engine reads another process's registered memory by itself, without that process taking part. It reports
+failure by codes; here they become exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vllm_ascend.errors import ConfigError, ReadFailed
+from vllm_ascend.kv_transfer.transport import Copies, Region, Session
+
+_MOST_PER_BATCH = 1024
+"""Ranges in one batch. Over TCP 2,048 went through and 4,096 failed, whole batches at a time."""
+
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+_CARD_BUILD = "mooncake-transfer-engine-npu"
+
+
+def default_protocol() -> str:
+    """`ascend` where Mooncake's build for Ascend cards is installed, `tcp` elsewhere."""
+    return "ascend" if _installed(_CARD_BUILD) else "tcp"
+
+
+class MooncakeTransport:
+    """One transfer engine: a session of its own, reachable at `host` on a port that the engine chooses."""
+
+    def __init__(self, host: str, protocol: str) -> None:
+        """Start the engine. Raises ConfigError if Mooncake cannot be loaded or cannot speak `protocol`."""
+        _check_protocol(protocol)
+        self._engine = _engine_class()()
+        # P2PHANDSHAKE: engines find each other by session, without a metadata server.
+        if self._engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
+            raise ConfigError(
+                f"Mooncake's transfer engine cannot start with protocol {protocol!r} on {host}; choose "
+                f"another protocol or host in kv_connector_extra_config"
+            )
+        self._session = Session(f"{host}:{self._engine.get_rpc_port()}")
+        self._registered: list[Region] = []
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    def register(self, regions: Sequence[Region]) -> None:
+        for region in regions:
+            if self._engine.register_memory(region.address, region.num_bytes) != 0:
+                raise ConfigError(
+                    f"Mooncake's transfer engine cannot register {region.num_bytes} bytes of KV cache at "
+                    f"{region.address:#x}; raise the limit on locked memory (ulimit -l unlimited)"
+                )
+            self._registered.append(region)
+
+    def read(self, peer: Session, copies: Copies) -> None:
+        for batch in copies.batches(_MOST_PER_BATCH):
+            code = self._engine.batch_transfer_sync_read(
+                peer, batch.local.tolist(), batch.remote.tolist(), batch.num_bytes.tolist()
+            )
+            if code != 0:
+                raise ReadFailed(
+                    f"Mooncake's transfer engine returned {code} for {len(batch)} ranges, "
+                    f"{batch.total_bytes} bytes, from {peer}"
+                )
+
+    def close(self) -> None:
+        while self._registered:
+            self._engine.unregister_memory(self._registered.pop().address)
+
+
+def _engine_class() -> Any:  # Any: Mooncake's extension module has no types
+    try:
+        from mooncake.engine import TransferEngine
+    except ImportError as error:
+        raise ConfigError(_cannot_load(error)) from error
+    return TransferEngine
+
+
+def _cannot_load(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"MooncakeConnectorV1 needs Mooncake's transfer engine, which is not installed ({error}); "
+            f"pip install mooncake-transfer-engine-non-cuda, or {_CARD_BUILD} on Ascend cards"
+        )
+    return (
+        f"Mooncake's transfer engine is installed but cannot be loaded ({error}); install what it links: "
+        f"apt-get install libibverbs1 librdmacm1 libnuma1 liburing2 libcurl4"
+    )
+
+
+def _check_protocol(protocol: str) -> None:
+    # Mooncake silently takes TCP where it has no hardware or code for the protocol it was asked for.
+    if protocol == "ascend" and not _installed(_CARD_BUILD):
+        raise ConfigError(
+            f"protocol 'ascend' needs {_CARD_BUILD}, which is not installed; install it in place of another "
+            f"build, or set protocol to 'tcp' in kv_connector_extra_config"
+        )
+    if protocol == "rdma" and not any(_RDMA_DEVICES.glob("*")):
+        raise ConfigError(
+            f"protocol 'rdma' needs an RDMA device and {_RDMA_DEVICES} lists none; set protocol to 'tcp' in "
+            f"kv_connector_extra_config"
+        )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

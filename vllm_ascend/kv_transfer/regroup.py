@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads of several sources into one block: load, transpose, store.
+
+After a read from S sources a run of blocks holds S shares, each of them whole pages of fewer heads (see
+`plan`). Attention wants every head of a token side by side. The pages of all shares are loaded as packed rows
+[block, share, token, head, dim], transposed to [block, token, share, head, dim] and stored back, with
+torch_npu's own paged operators. A run is loaded whole before any of it is stored.
+
+Only bits move, so element types that the operators do not take are shown to them as ones that they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch_npu
+
+from vllm_ascend.attention.cache_layout import HALVES, operator_block, split_pages
+
+Ints = npt.NDArray[np.int64]
+
+LONGEST_RUN = 64
+"""Blocks of a run that is read in shares: bounds the memory that a regroup needs beside the cache."""
+
+
+class Regroup:
+    """The regroup step of one rank, on a stream of its own. All but `fence` is for reader threads."""
+
+    def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
+        """`kv_caches` are vLLM's views [num_blocks, heads, block_size, 2 * head_size], all layers alike."""
+        self._layers = [_movable(kv_cache) for kv_cache in kv_caches]
+        self._device = kv_caches[0].device
+        self._stream = torch_npu.npu.Stream(device=self._device)
+
+    def enter_thread(self) -> None:
+        """Make the cache's device current in the calling thread, which would otherwise open device 0."""
+        torch_npu.npu.set_device(self._device)
+
+    def fence(self) -> Fence:
+        """A point after all work that the calling thread has put on its stream."""
+        event = torch_npu.npu.Event()
+        event.record()
+        return Fence(event)
+
+    def run(self, local_blocks: Ints, positions: Ints, run_lengths: Ints) -> None:
+        """Regroup `local_blocks`, whose shares landed at `positions` [num_blocks, shares], in place.
+
+        `run_lengths` says how many consecutive entries of both are one run. Returns when the device is done.
+        """
+        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
+            for part in _whole_runs(run_lengths):
+                self._regroup(local_blocks[part], positions[part])
+            self._stream.synchronize()
+
+    def _regroup(self, local_blocks: Ints, positions: Ints) -> None:
+        num_blocks, shares = positions.shape
+        block_size, heads, head_size = self._layers[0].shape[2], self._layers[0].shape[1], self._head_size
+        num_rows = num_blocks * shares * block_size
+        table = self._int32(operator_block(positions.reshape(1, -1)))
+        lengths = self._int32(np.array([num_rows]))
+        slots = self._int32(_slots(local_blocks, block_size))
+        rows = self._layers[0].new_empty(HALVES, num_rows, heads // shares, head_size)
+        for layer in self._layers:
+            pieces_k, pieces_v = split_pages(layer, shares)
+            torch.ops.atb.npu_paged_cache_load.out(
+                pieces_k, pieces_v, table, lengths, key=rows[0], value=rows[1]
+            )
+            by_token = rows.view(HALVES, num_blocks, shares, block_size, heads // shares, head_size)
+            key, value = by_token.transpose(2, 3).reshape(HALVES, -1, heads, head_size)
+            key_cache, value_cache = split_pages(layer)
+            torch_npu._npu_reshape_and_cache(key, value, key_cache, value_cache, slots)
+
+    @property
+    def _head_size(self) -> int:
+        return int(self._layers[0].shape[3]) // HALVES
+
+    def _int32(self, values: Ints) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(self._device)
+
+
+class Fence:
+    """Work of a stream that something must wait for."""
+
+    def __init__(self, event: torch_npu.npu.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Return when the work is done. Blocks the calling thread, not the device."""
+        self._event.synchronize()
+
+
+def _movable(kv_cache: torch.Tensor) -> torch.Tensor:
+    match kv_cache.element_size():
+        case 1:
+            return kv_cache.view(torch.int8)
+        case 2:
+            return kv_cache
+        case _:
+            return kv_cache.view(torch.float16)
+
+
+def _slots(local_blocks: Ints, block_size: int) -> Ints:
+    """Slots of every token of the blocks, in the caches of `split_pages`."""
+    return np.add.outer(operator_block(local_blocks) * block_size, np.arange(block_size)).reshape(-1)
+
+
+def _whole_runs(run_lengths: Ints) -> Iterator[slice]:
+    """Slices of about LONGEST_RUN blocks that cut no run."""
+    start = stop = 0
+    for length in run_lengths.tolist():
+        if stop + length - start > LONGEST_RUN and stop > start:
+            yield slice(start, stop)
+            start = stop
+        stop += length
+    if stop > start:
+        yield slice(start, stop)
