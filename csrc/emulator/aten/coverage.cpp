@@ -8,10 +8,13 @@
 //   - the others run PyTorch's CPU kernel on the NPU tensors' memory;
 //   - what has no CPU kernel is refused by its name.
 // Operators without an NPU kernel do what they do on a card: PyTorch's composite kernel, or torch_npu's own fallback.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -19,6 +22,7 @@
 #include "host_call.h"
 #include "overriding.h"
 #include "signature.h"
+#include "tensors.h"
 
 namespace ascend_emulator::aten {
 namespace {
@@ -93,6 +97,38 @@ class CompositeKernel : public c10::OperatorKernel {
   const c10::DispatchKey key_;
 };
 
+// Where PyTorch composes an operator, torch_npu has a fused one in front of autograd. Here it is PyTorch's own again if
+// gradients are asked for or memory is written (autograd counts writes), and otherwise the NPU kernel below.
+class BeforeAutogradKernel : public c10::OperatorKernel {
+ public:
+  explicit BeforeAutogradKernel(const c10::FunctionSchema& schema) : num_arguments_(schema.arguments().size()) {
+    for (const c10::Argument& argument : schema.arguments()) {
+      writes_ = writes_ || (argument.alias_info() != nullptr && argument.alias_info()->isWrite());
+    }
+  }
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    if (writes_ || (at::GradMode::is_enabled() && AnyRequiresGrad(torch::jit::last(*stack, num_arguments_)))) {
+      op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, *stack);
+      return;
+    }
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+
+ private:
+  static bool AnyRequiresGrad(c10::ArrayRef<c10::IValue> arguments) {
+    bool found = false;
+    for (const c10::IValue& argument : arguments) {
+      ForEachTensor(argument, [&found](const at::Tensor& tensor) { found = found || tensor.requires_grad(); });
+    }
+    return found;
+  }
+
+  size_t num_arguments_;
+  bool writes_ = false;
+};
+
 void Refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.operator_name(),
                               " is not emulated: PyTorch has no CPU kernel for it; see docs/emulator.md");
@@ -124,6 +160,19 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
     library.impl(c10::toString(name).c_str(), KernelFor(*op));
   }
   library.impl("copy_", &Copy);
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
+  const QuietOverrides quiet;
+  constexpr auto kAutogradNpu = c10::DispatchKey::AutogradPrivateUse1;
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNamesForDispatchKey(kAutogradNpu)) {
+    const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema(name);
+    if (!op || name.getNamespace() != "aten") continue;
+    if (!op->hasKernelForDispatchKey(kNpu)) continue;
+    if (!op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
+    library.impl(c10::toString(name).c_str(),
+                 torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BeforeAutogradKernel>(op->schema())));
+  }
 }
 
 }  // namespace

@@ -25,19 +25,6 @@ constexpr auto kNpu = c10::DeviceType::PrivateUse1;
 // Scalars may come from anywhere; every kernel reads them.
 bool IsScalar(const at::Tensor& tensor) { return tensor.dim() == 0; }
 
-template <typename Visit>
-void ForEachTensor(const c10::IValue& value, Visit visit) {
-  if (value.isTensor()) {
-    visit(value.toTensor());
-  } else if (value.isTensorList()) {
-    for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
-  } else if (value.isOptionalTensorList()) {
-    for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
-      if (tensor.has_value()) visit(*tensor);
-    }
-  }
-}
-
 }  // namespace
 
 HostCall::HostCall(const c10::OperatorHandle& op, const Signature& signature, torch::jit::Stack* stack)

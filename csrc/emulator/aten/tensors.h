@@ -17,6 +17,7 @@
 
 #include <ATen/Tensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/ivalue.h>
 #include <c10/core/Device.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/ArrayRef.h>
@@ -44,6 +45,20 @@ at::Tensor EmptyOnDevice(c10::IntArrayRef sizes, c10::ScalarType dtype);
 /// An NPU tensor on the current device with the content of a CPU tensor of any strides.
 /// Strides are kept where the tensor is dense, otherwise the result is contiguous.
 at::Tensor ToDevice(const at::Tensor& host);
+
+/// Calls `visit(const at::Tensor&)` for each tensor in an operator's argument: a tensor, an optional one or a list.
+template <typename Visit>
+void ForEachTensor(const c10::IValue& value, Visit visit) {
+  if (value.isTensor()) {
+    visit(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
+  } else if (value.isOptionalTensorList()) {
+    for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
+      if (tensor.has_value()) visit(*tensor);
+    }
+  }
+}
 
 /// Wait until the current stream of the current device has nothing left to do, torch_npu's task queue included.
 /// Raises what torch_npu raises if a task on the stream failed.
