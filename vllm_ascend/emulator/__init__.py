@@ -12,14 +12,16 @@ LIBRARY_DIR = Path(__file__).parent / "lib"
 LIBRARIES = (
     "libascendcl.so",
     "libhccl.so",
+    "libhcomm.so",
     "libacl_op_compiler.so",
+    "libopapi.so",
     "libge_runner.so",
     "libgraph.so",
     "libacl_tdt_channel.so",
     "libatb.so",
     "libascend_emulator_kernels.so",
 )
-"""What torch_npu links to by name, and the operators that libascendcl loads."""
+"""What torch_npu links to or loads by name, and the operators that libascendcl loads."""
 
 
 def missing_libraries(directory: Path = LIBRARY_DIR) -> list[str]:

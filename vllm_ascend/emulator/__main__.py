@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """Becomes the command in `arguments`; ends with status 2 and one sentence if that is not possible."""
     options = _parser().parse_args(arguments)
     machine = Machine(options.devices, options.memory, options.soc, options.allow_fp32)
-    missing = [m for m in missing_libraries() if m != "libascend_emulator_kernels.so"]  # BRING-UP
+    missing = missing_libraries()
     if missing:
         _refuse(
             f"{', '.join(missing)} not found in {LIBRARY_DIR}; "

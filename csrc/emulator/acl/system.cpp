@@ -42,7 +42,6 @@ std::filesystem::path OwnDirectory() {
 void LoadKernels() {
   if (dlopen("libtorch_npu.so", RTLD_LAZY | RTLD_NOLOAD) == nullptr) return;
   const std::string path = OwnDirectory() / kKernelLibrary;
-  if (!std::filesystem::exists(path)) return;  // BRING-UP
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw Error(Fault::kBadConfiguration,
                 std::string("the operators cannot be loaded (") + dlerror() + "); build csrc again");
