@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-logger = init_logger(__name__)
+# vLLM shows what comes from loggers under its own name.
+logger = init_logger(f"vllm.{__name__}")
 
 _ATTENTION_BACKEND = "vllm_ascend.attention.backend.GroupedAttentionBackend"
 _WORKER = "vllm_ascend.worker.worker.NPUWorker"
@@ -85,7 +86,8 @@ class NPUPlatform(Platform):
         except RuntimeError as error:
             raise ConfigError(
                 f"dtype={str(dtype).removeprefix('torch.')} was asked, which the attention operators of "
-                f"{cls.get_device_name()} do not take; use --dtype bfloat16 or --dtype float16"
+                f"{cls.get_device_name()} do not take ({str(error).splitlines()[0]}); "
+                f"use --dtype bfloat16 or --dtype float16"
             ) from error
 
     # What implements what.
