@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include "fused_attention.h"
+#include "require.h"
 
 namespace ascend_emulator::aten {
 namespace {
@@ -83,6 +84,8 @@ std::vector<Place> KeyPlaces(const FusedAttention& call, int64_t batch) {
     TORCH_CHECK(!call.Packed() || lengths.size() == static_cast<size_t>(batch), call.op, ": ", list.name, " has ",
                 lengths.size(), " entries and ", call.query_lengths_name, " has ", batch,
                 "; layout TND needs one for each sequence");
+    TORCH_CHECK(call.block_table->size(0) == batch, call.op, ": block_table is ", Describe(*call.block_table), " for ",
+                batch, " sequences; it needs one row for each");
     return FromLengths(list, batch, call.block_table->size(1) * call.block_size);
   }
   if (call.Packed()) {

@@ -117,10 +117,6 @@ void RequirePagedKeys(const FusedAttention& call) {
   const Argument table = Named(call, "block_table", *call.block_table);
   RequireDtype(table, {at::kInt});
   RequireRank(table, 2);
-  const size_t sequences =
-      call.Packed() ? call.query_lengths.value_or(std::vector<int64_t>{}).size() : static_cast<size_t>(call.query.size(0));
-  TORCH_CHECK(call.block_table->size(0) == static_cast<int64_t>(sequences), call.op, ": block_table is ",
-              Describe(*call.block_table), " for ", sequences, " sequences; it needs one row for each");
   RequireBlockSize(call);
   RequireCache(call, "key", call.key);
   RequireCache(call, "value", call.value);
