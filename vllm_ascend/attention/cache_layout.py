@@ -105,7 +105,7 @@ def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, 
 
     `kv_cache` is vLLM's view [num_blocks, heads, block_size, 2 * head_size], contiguous. Both results are
     contiguous, [2 * num_blocks - 1, block_size, heads, head_size], and share memory with it and each other:
-    the value cache starts one half-page after the key cache. With `shares`, a divisor of the heads, every page
+    the value cache starts one half-page after the key cache. With `shares`, a divisor of the heads, each page
     is seen as that many pages of fewer heads, each with its own K and V. Raises ValueError if the view is not
     a row of whole pages.
     """

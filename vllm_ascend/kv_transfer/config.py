@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_ascend.errors import ConfigError
 
@@ -64,6 +68,39 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
             )
         values[key] = known[key](key, value)
     return Options(**_with_ascend_direct(values, extra.get("use_ascend_direct", False)))
+
+
+def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raise ConfigError, naming it, for what this release does not carry from one engine to another."""
+    parallel = vllm_config.parallel_config
+    for name, size in (
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            raise ConfigError(f"MooncakeConnectorV1 does not support {name} = {size} yet; set it to 1")
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise ConfigError(
+            f"MooncakeConnectorV1 moves one KV cache group and this model has {len(groups)} (sliding windows "
+            f"or recurrent state beside full attention), which it does not support yet; serve it without "
+            f"--kv-transfer-config"
+        )
+    spec: Any = groups[0].kv_cache_spec  # Any: its class is known only after the check below
+    kind = type(spec).__name__
+    if kind != "FullAttentionSpec":
+        raise ConfigError(
+            f"MooncakeConnectorV1 moves multi-head and grouped-query attention and this model's KV cache is "
+            f"{kind}, which it does not support yet; serve it without --kv-transfer-config"
+        )
+    if spec.kv_quant_mode.name != "NONE":
+        raise ConfigError(
+            f"MooncakeConnectorV1 does not support the quantised KV cache {spec.kv_quant_mode.name} yet; "
+            f"set --kv-cache-dtype auto"
+        )
+    if vllm_config.kv_transfer_config is not None and vllm_config.kv_transfer_config.enable_permute_local_kv:
+        raise ConfigError("MooncakeConnectorV1 needs no enable_permute_local_kv; remove it")
 
 
 def check_sizes(said: Sizes, found: Sizes, side: str) -> str | None:

@@ -9,6 +9,7 @@ stranger cannot make an engine allocate at will. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -134,6 +135,50 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The question was not understood, or was meant for another engine."""
 
     reason: str
+
+
+class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
+    """The `kv_transfer_params` of prefill's answer, which the router hands to decode untouched.
+
+    They pass through the client's hands: what they say is checked before it is used.
+    """
+
+    remote_engine_id: Name
+    """The engine, made unique per start, so that a restarted one is not mistaken for its predecessor."""
+    remote_request_id: Name
+    """The request's id in the prefill engine, under which its blocks are held."""
+    remote_host: Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9.:_\[\]-]+$")]
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    """Where the engine's listener is."""
+    remote_block_ids: tuple[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], ...]
+    """For each KV cache group, the request's blocks in token order."""
+    remote_num_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    """Prompt tokens whose KV is in these blocks."""
+    remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
+    """How long the blocks are held without a sign of life."""
+
+    @classmethod
+    def parse(cls, params: dict[str, object]) -> RemotePrefill:
+        """What a request brings. Raises WireError naming the key that is missing or wrong."""
+        try:
+            return msgspec.convert(params, cls)
+        except msgspec.ValidationError as error:
+            raise WireError(
+                f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One request's load, as the scheduler half asks every rank's worker half for it."""
+
+    request_id: str
+    remote: RemotePrefill
+    remote_blocks: tuple[int, ...]
+    """Blocks to read, in token order; those of a prefix hit are not among them."""
+    local_blocks: tuple[int, ...]
+    """Where they go, one for one."""
+    prompt_tokens: int
 
 
 Question = AskForEngine | Renew | Done | Release

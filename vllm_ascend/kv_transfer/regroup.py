@@ -104,7 +104,8 @@ def _movable(kv_cache: torch.Tensor) -> torch.Tensor:
 
 def _slots(local_blocks: Ints, block_size: int) -> Ints:
     """Slots of every token of the blocks, in the caches of `split_pages`."""
-    return np.add.outer(operator_block(local_blocks) * block_size, np.arange(block_size)).reshape(-1)
+    slots: Ints = np.add.outer(operator_block(local_blocks) * block_size, np.arange(block_size))
+    return slots.reshape(-1)
 
 
 def _whole_runs(run_lengths: Ints) -> Iterator[slice]:

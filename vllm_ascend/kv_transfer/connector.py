@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MooncakeConnector, what vLLM sees: forwards each call to the half that runs in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs as vllm_envs
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from vllm_ascend.errors import ConfigError
+from vllm_ascend.kv_transfer.config import Sizes, check_sizes, check_supported, parse_options
+from vllm_ascend.kv_transfer.local import Rank, local_cache
+from vllm_ascend.kv_transfer.messages import CacheDescription, Engine, Parallel, Pull, RankRegions
+from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats
+from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
+from vllm_ascend.kv_transfer.scheduler import DecodeSide, PrefillSide
+from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass
+class Step(KVConnectorMetadata):
+    """Scheduler half to worker halves, once per step."""
+
+    pulls: tuple[Pull, ...]
+    freed: frozenset[str]
+    """Prefilled requests whose blocks may be freed."""
+
+
+@dataclass
+class Numbers(KVConnectorWorkerMetadata):
+    """Worker halves to scheduler half: what loads cost, by request."""
+
+    by_request: dict[str, TransferNumbers]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Numbers:
+        assert isinstance(other, Numbers)
+        merged = dict(self.by_request)
+        for request_id, numbers in other.by_request.items():
+            merged[request_id] = merged[request_id].merged(numbers) if request_id in merged else numbers
+        return Numbers(merged)
+
+
+@dataclass
+class Registered(KVConnectorHandshakeMetadata):
+    """Worker half to scheduler half, once: what the rank has registered."""
+
+    protocol: str
+    cache: CacheDescription
+    regions: RankRegions
+
+
+class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
+    """`kv_connector: "MooncakeConnectorV1"`. See the package's docstring for the protocol."""
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        """Raises ConfigError for anything that cannot be honoured."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = parse_options(self._kv_transfer_config.kv_connector_extra_config)
+        check_supported(vllm_config, kv_cache_config)
+        self._check_own_sizes()
+        self._host = self._options.host or vllm_envs.VLLM_HOST_IP or LOOPBACK
+        self._prefill: PrefillSide | None = None
+        self._decode: DecodeSide | None = None
+        self._worker: WorkerHalf | None = None
+        self._stats = TransferStats()
+        self._numbers: dict[str, TransferNumbers] = {}
+        if role is KVConnectorRole.SCHEDULER:
+            self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
+            self._decode = (
+                DecodeSide(vllm_config.cache_config.block_size)
+                if self._kv_transfer_config.is_kv_consumer
+                else None
+            )
+        else:
+            # Started before the cache exists, so that a missing library is found before the model has loaded.
+            self._protocol = self._options.protocol or default_protocol()
+            self._transport = MooncakeTransport(vllm_envs.VLLM_HOST_IP or self._host, self._protocol)
+
+    # Worker half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        rank = get_tensor_model_parallel_rank()
+        tp_size = self._vllm_config.parallel_config.tensor_parallel_size
+        reader = f"{self._kv_transfer_config.engine_id}/{rank}"
+        local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, Rank(rank, tp_size, reader))
+        self._worker = WorkerHalf(local, self._transport, self._protocol, self._options)
+        self._registered = Registered(
+            self._protocol, local.description, local.for_peers(self._transport.session)
+        )
+
+    def get_handshake_metadata(self) -> Registered:
+        return self._registered
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # Any: as vLLM has it
+        assert self._worker is not None
+        self._worker.start(self._step().pulls)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        assert self._worker is not None
+        results = KVConnectorTransferResults(finished_sending=set(self._step().freed))
+        for result in self._worker.take_results():
+            results.finished_recving.add(result.request_id)
+            if isinstance(result, Loaded):
+                self._numbers[result.request_id] = result.numbers
+                self._stats.add(result.numbers)
+            else:
+                # By request, not by block: vLLM takes block ids of models with one cache group only.
+                results.failed_recving.add(result.request_id)
+                self._stats.add_failure()
+        return results
+
+    def build_connector_worker_meta(self) -> Numbers | None:
+        numbers, self._numbers = self._numbers, {}
+        return Numbers(numbers) if numbers else None
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, TransferStats()
+        return stats
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request runs only after its whole load."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,  # Any: as vLLM has it
+    ) -> None:
+        """Nothing to save: decode reads the blocks where they are."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for; see `save_kv_layer`."""
+
+    # Scheduler half
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        if self._prefill is None:
+            return
+        ranks = [rank for _, rank in sorted(metadata.items()) if isinstance(rank, Registered)]
+        parallel = self._vllm_config.parallel_config
+        self._prefill.describe(
+            Engine(
+                engine_id=self._prefill.engine_id,
+                protocol=ranks[0].protocol,
+                cache=ranks[0].cache,
+                parallel=Parallel(
+                    tp_size=parallel.tensor_parallel_size,
+                    pp_size=parallel.pipeline_parallel_size,
+                    dp_size=parallel.data_parallel_size,
+                ),
+                ranks=tuple(rank.regions for rank in ranks),
+            )
+        )
+
+    def on_new_request(self, request: Request) -> None:
+        params = request.kv_transfer_params or {}
+        if params.get("do_remote_prefill") and self._decode is not None:
+            self._decode.announce(request)
+        elif params.get("do_remote_prefill"):
+            logger.warning("request %s is computed here: this engine is no kv_consumer", request.request_id)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        if self._decode is None:
+            return 0, False
+        num_tokens = self._decode.tokens_to_pull(request, num_computed_tokens)
+        return num_tokens, num_tokens > 0
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if self._decode is not None:
+            self._decode.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
+        return Step(
+            pulls=self._decode.take_pulls() if self._decode is not None else (),
+            freed=self._prefill.take_freed() if self._prefill is not None else frozenset(),
+        )
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if self._decode is None:
+            return
+        if isinstance(connector_output.kv_connector_worker_meta, Numbers):
+            self._decode.add_numbers(connector_output.kv_connector_worker_meta.by_request)
+        for request_id in connector_output.finished_recving or ():
+            self._decode.loaded(request_id, failed=request_id in connector_output.failed_recving)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:  # Any: JSON
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:  # Any: JSON
+        params = request.kv_transfer_params or {}
+        if params.get("do_remote_decode") and self._prefill is not None:
+            return self._prefill.finished(request, block_ids)
+        return False, self._decode.finished(request) if self._decode is not None else None
+
+    # Both
+
+    def shutdown(self) -> None:
+        for part in (self._prefill, self._decode, self._worker):
+            if part is not None:
+                part.close()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return TransferStats(data)
+
+    def _step(self) -> Step:
+        step = self._get_connector_metadata()
+        assert isinstance(step, Step)
+        return step
+
+    def _prefill_side(self) -> PrefillSide:
+        if self._host in ("0.0.0.0", "::", "*"):
+            raise ConfigError(
+                f"the KV listener is told to peers as {self._host}, which is no address of one machine; set "
+                f"kv_connector_extra_config.host to one that the decode engines reach"
+            )
+        parallel = self._vllm_config.parallel_config
+        port = int(self._kv_transfer_config.kv_port)
+        return PrefillSide(
+            engine_id=str(self._kv_transfer_config.engine_id),
+            host=self._host,
+            # Each data-parallel rank is an engine with a listener of its own.
+            port=port + parallel.data_parallel_index if port else 0,
+            lease_s=self._options.lease_s,
+            tp_size=parallel.tensor_parallel_size,
+        )
+
+    def _check_own_sizes(self) -> None:
+        role = self._kv_transfer_config.kv_role
+        sides = {
+            "kv_producer": ("prefill", self._options.prefill),
+            "kv_consumer": ("decode", self._options.decode),
+        }
+        if role not in sides:
+            return
+        side, configured = sides[role]
+        parallel = self._vllm_config.parallel_config
+        found = Sizes(tp_size=parallel.tensor_parallel_size, dp_size=parallel.data_parallel_size)
+        if complaint := check_sizes(configured, found, side):
+            raise ConfigError(complaint)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler half: what to pull, and when blocks may be freed.
+
+Two sides that share nothing. `PrefillSide` holds finished requests' blocks under leases and answers peers;
+`DecodeSide` takes what a router brings, tells vLLM how many tokens will come, and hands the workers their
+pulls. An engine has one or both. Nothing here waits, and nothing here raises for what a request brings: a
+request whose parameters are of no use is computed locally.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, assert_never
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from vllm_ascend.errors import WireError
+from vllm_ascend.kv_transfer.blocks import blocks_to_pull
+from vllm_ascend.kv_transfer.handshake import Listener
+from vllm_ascend.kv_transfer.keeper import Keeper
+from vllm_ascend.kv_transfer.lease import LeaseTable
+from vllm_ascend.kv_transfer.messages import (
+    Answer,
+    AskForEngine,
+    Done,
+    DoneNoted,
+    Engine,
+    Pull,
+    Question,
+    Refused,
+    Release,
+    Released,
+    RemotePrefill,
+    Renew,
+    Renewed,
+)
+from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
+from vllm_ascend.kv_transfer.topology import Span
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+Params = dict[str, Any]  # Any: kv_transfer_params are JSON
+
+
+class PrefillSide:
+    """Keeps what decode engines are to read, and answers them at one listener."""
+
+    def __init__(self, engine_id: str, host: str, port: int, lease_s: float, tp_size: int) -> None:
+        """Bind the listener. Raises ConfigError if its address is taken or not of this machine."""
+        # A restarted engine may get the same id and port; its predecessor's regions must not be read.
+        self.engine_id = f"{engine_id}-{uuid.uuid4().hex[:8]}"
+        self._lease_s = lease_s
+        self._tp_size = tp_size
+        self._leases = LeaseTable()
+        self._engine: Engine | None = None
+        self._listener = Listener(host, port, self._answer)
+        logger.info("KV listener of engine %s at %s:%d", self.engine_id, host, self._listener.port)
+
+    @property
+    def port(self) -> int:
+        """Where the listener is bound."""
+        return self._listener.port
+
+    def describe(self, engine: Engine) -> None:
+        """What to answer when peers ask who this is."""
+        self._engine = engine
+
+    def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, Params | None]:
+        """Whether to hold the finished request's blocks, and what to tell the router about them."""
+        if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
+            return False, None
+        self._leases.grant(request.request_id, self._lease_s, time.monotonic())
+        return True, {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self.engine_id,
+            "remote_request_id": request.request_id,
+            "remote_host": self._listener.host,
+            "remote_port": self._listener.port,
+            "remote_block_ids": [list(group) for group in block_ids],
+            "remote_num_tokens": min(request.num_computed_tokens, request.num_prompt_tokens),
+            "remote_lease_s": self._lease_s,
+            "tp_size": self._tp_size,
+        }
+
+    def take_freed(self) -> frozenset[str]:
+        """Requests whose blocks may be freed now; each is returned once."""
+        freed = self._leases.take_freed(time.monotonic())
+        for request_id in freed.expired:
+            logger.warning(
+                "no decode engine read request %s within its lease of %g s; its blocks are freed",
+                request_id,
+                self._lease_s,
+            )
+        return freed.read | freed.expired
+
+    def close(self) -> None:
+        """Free the port. May be called twice."""
+        self._listener.close()
+
+    def _answer(self, question: Question) -> Answer:
+        if self._engine is None:
+            return Refused(reason="it is still starting; ask again")
+        if isinstance(question, AskForEngine):
+            return self._engine
+        if question.engine_id != self.engine_id:
+            return Refused(
+                reason=f"it is {self.engine_id}, which replaced {question.engine_id}; send the prompt again"
+            )
+        match question:
+            case Renew(request_ids=request_ids):
+                return Renewed(lost=tuple(self._leases.renew(request_ids, time.monotonic())))
+            case Done(request_id=request_id, reader=reader, num_readers=num_readers):
+                return DoneNoted(held=self._leases.done(request_id, reader, num_readers))
+            case Release(request_ids=request_ids):
+                self._leases.release(request_ids)
+                return Released()
+            case _:
+                assert_never(question)
+
+
+class DecodeSide:
+    """Requests whose prompt another engine has computed, from their arrival to their end."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._keeper = Keeper()
+        self._announced: dict[str, RemotePrefill] = {}
+        self._pulling: dict[str, RemotePrefill] = {}
+        self._ended_early: set[str] = set()
+        self._numbers: dict[str, TransferNumbers] = {}
+        self._pulls: list[Pull] = []
+
+    def announce(self, request: Request) -> None:
+        """Note a request that brings `do_remote_prefill`, and keep its blocks at the prefill engine."""
+        try:
+            remote = RemotePrefill.parse(request.kv_transfer_params or {})
+        except WireError as error:
+            logger.warning("request %s is computed here: %s", request.request_id, error)
+            return
+        self._announced[request.request_id] = remote
+        self._keeper.hold(remote)
+
+    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int:
+        """Tokens beyond the local prefix hit whose KV the prefill engine holds."""
+        remote = self._announced.get(request.request_id)
+        return 0 if remote is None else max(0, self._held_tokens(request, remote) - num_computed_tokens)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
+        remote = self._announced.pop(request.request_id, None)
+        if remote is None:
+            return
+        if num_external_tokens == 0:
+            self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
+            self._keeper.release(remote)
+            return
+        held = self._held_tokens(request, remote)
+        positions = blocks_to_pull(Span(held - num_external_tokens, held), self._block_size)
+        wanted = slice(positions.start, positions.stop)
+        (local_blocks,) = blocks.get_block_ids()
+        self._pulling[request.request_id] = remote
+        self._pulls.append(
+            Pull(
+                request_id=request.request_id,
+                remote=remote,
+                remote_blocks=tuple(remote.remote_block_ids[0][wanted]),
+                local_blocks=tuple(local_blocks[wanted]),
+                prompt_tokens=request.num_prompt_tokens,
+            )
+        )
+
+    def take_pulls(self) -> tuple[Pull, ...]:
+        """What the workers are to read, since the last call."""
+        pulls, self._pulls = tuple(self._pulls), []
+        return pulls
+
+    def add_numbers(self, numbers: Mapping[str, TransferNumbers]) -> None:
+        """What ranks report of requests that they have read."""
+        for request_id, of_rank in numbers.items():
+            known = self._numbers.get(request_id)
+            self._numbers[request_id] = of_rank if known is None else known.merged(of_rank)
+
+    def loaded(self, request_id: str, failed: bool) -> None:
+        """Every rank is done with the request, for better or worse."""
+        remote = self._pulling.pop(request_id, None)
+        if remote is not None:
+            self._keeper.drop(remote)
+        if failed or request_id in self._ended_early:
+            self._ended_early.discard(request_id)
+            self._numbers.pop(request_id, None)
+        elif request_id in self._numbers:
+            logger.debug("request %s: %s", request_id, self._numbers[request_id])
+
+    def finished(self, request: Request) -> Params | None:
+        """The request ends, whatever its state. Returns what its transfer cost, for the client."""
+        remote = self._announced.pop(request.request_id, None)
+        if remote is not None:
+            self._keeper.release(remote)
+        if request.request_id in self._pulling:
+            # Its blocks stay allocated until every rank has reported, and so do our notes.
+            self._ended_early.add(request.request_id)
+            return None
+        numbers = self._numbers.pop(request.request_id, None)
+        if numbers is None:
+            return None
+        return {"do_remote_prefill": False, "do_remote_decode": False, "transfer": numbers.as_params()}
+
+    def close(self) -> None:
+        """End the keeper. May be called twice."""
+        self._keeper.close()
+
+    def _held_tokens(self, request: Request, remote: RemotePrefill) -> int:
+        """Prompt tokens whose KV is at the prefill engine, by its own account and by the blocks it lists."""
+        num_blocks = len(remote.remote_block_ids[0]) if remote.remote_block_ids else 0
+        return min(request.num_prompt_tokens, remote.remote_num_tokens, num_blocks * self._block_size)

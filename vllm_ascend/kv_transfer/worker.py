@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker half: registers this rank's KV cache, reads other engines' and tells what came of it.
+
+The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
+question who the peer is to the word that it is done: plan, prove, wait until the blocks are idle, read,
+regroup, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the first for the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from vllm.logger import init_logger
+
+from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
+from vllm_ascend.kv_transfer.blocks import BlockRuns, kernel_blocks, neighbours
+from vllm_ascend.kv_transfer.config import Options
+from vllm_ascend.kv_transfer.handshake import Lines
+from vllm_ascend.kv_transfer.local import LocalCache
+from vllm_ascend.kv_transfer.messages import AskForEngine, Done, DoneNoted, Engine, Pull, RemotePrefill
+from vllm_ascend.kv_transfer.metrics import TransferNumbers
+from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
+from vllm_ascend.kv_transfer.plan import prove_cover, share_positions
+from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
+from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
+from vllm_ascend.kv_transfer.transport import Transport
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The request's KV is in its blocks, at this rank."""
+
+    request_id: str
+    numbers: TransferNumbers
+
+
+@dataclass(frozen=True)
+class NotLoaded:
+    """The request's blocks hold anything."""
+
+    request_id: str
+    reason: str
+
+
+class WorkerHalf:
+    """One rank's worker half, from the registration of its cache on."""
+
+    def __init__(self, local: LocalCache, transport: Transport, protocol: str, options: Options) -> None:
+        """Register the cache. Raises ConfigError if the transport cannot."""
+        self._local = local
+        self._transport = transport
+        self._protocol = protocol
+        self._options = options
+        self._regroup = Regroup(local.tensors)
+        self._lines = Lines(options.peer_timeout_s)
+        self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
+        transport.register(local.regions())
+        self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
+            options.reader_threads, self._regroup.enter_thread
+        )
+
+    def start(self, pulls: tuple[Pull, ...]) -> None:
+        """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
+        if not pulls:
+            return
+        fence = self._regroup.fence()
+        for pull in pulls:
+            self._readers.submit(partial(self._load, pull, fence, Stopwatch.started()))
+
+    def take_results(self) -> list[Loaded | NotLoaded]:
+        """What has come of pulls since the last call."""
+        results = self._readers.take_finished()
+        for result in results:
+            if isinstance(result, NotLoaded):
+                logger.warning("KV of request %s was not loaded: %s", result.request_id, result.reason)
+        return results
+
+    def close(self) -> None:
+        """Wait for running reads, hang up, withdraw the cache. May be called twice."""
+        self._readers.close()
+        self._lines.close()
+        self._transport.close()
+
+    # From here on: reader threads.
+
+    def _load(self, pull: Pull, fence: Fence, clock: Stopwatch) -> Loaded | NotLoaded:
+        outcome: Loaded | NotLoaded
+        try:
+            outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
+        except KVTransferError as error:
+            outcome = NotLoaded(pull.request_id, str(error))
+        # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
+        try:
+            held = self._say_done(pull.remote)
+        except KVTransferError as error:
+            return NotLoaded(pull.request_id, str(error)) if isinstance(outcome, Loaded) else outcome
+        if isinstance(outcome, Loaded) and not held:
+            engine_id = pull.remote.remote_engine_id
+            reason = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
+            return NotLoaded(pull.request_id, reason)
+        return outcome
+
+    def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
+        engine = self._engine_of(pull.remote)
+        plan = engine.next_plan()
+        memory = self._local.memory
+        runs = self._runs(pull, longest=LONGEST_RUN if plan.shares > 1 else memory.num_blocks)
+        copies = plan.copies(runs)
+        prove_cover(memory, runs, [part for _, part in copies])
+        fence.wait()
+        queue_ms = clock.lap_ms()
+        read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
+        transfer_ms = clock.lap_ms()
+        if plan.shares > 1:
+            self._regroup.run(runs.local_blocks(), share_positions(runs, plan.shares), runs.length)
+        return TransferNumbers(
+            prompt_tokens=pull.prompt_tokens,
+            blocks=len(pull.local_blocks),
+            bytes=sum(part.total_bytes for _, part in copies),
+            descriptors=sum(len(part) for _, part in copies),
+            source_ranks=tuple(sorted(rank for rank, _ in copies)),
+            queue_ms=queue_ms,
+            transfer_ms=transfer_ms,
+            regroup_ms=clock.lap_ms() if plan.shares > 1 else 0.0,
+        )
+
+    def _runs(self, pull: Pull, longest: int) -> BlockRuns:
+        if len(pull.remote_blocks) != len(pull.local_blocks):
+            raise ReadFailed(
+                f"{len(pull.remote_blocks)} blocks of the prefill engine cannot fill "
+                f"{len(pull.local_blocks)} blocks here"
+            )
+        per_block = self._local.kernel_blocks_per_block
+        remote, local = (
+            kernel_blocks(pull.remote_blocks, per_block),
+            kernel_blocks(pull.local_blocks, per_block),
+        )
+        return neighbours(remote, local, longest)
+
+    def _say_done(self, remote: RemotePrefill) -> bool:
+        """Tell prefill that this rank reads no more. Returns whether its lease held until now."""
+        rank = self._local.rank
+        done = Done(
+            engine_id=remote.remote_engine_id,
+            request_id=remote.remote_request_id,
+            reader=rank.reader,
+            num_readers=rank.tp_size,
+        )
+        answer = self._lines.ask(remote.remote_host, remote.remote_port, done)
+        if not isinstance(answer, DoneNoted):
+            raise WireError(f"prefill engine {remote.remote_engine_id} answered {done} with {answer}")
+        return answer.held
+
+    def _engine_of(self, remote: RemotePrefill) -> PrefillEngine:
+        key = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
+        if key not in self._engines:
+            # Two threads may ask at once: their answers are equal, and neither waits for the other.
+            self._engines[key] = self._meet(remote)
+        return self._engines[key]
+
+    def _meet(self, remote: RemotePrefill) -> PrefillEngine:
+        peer = self._lines.ask(remote.remote_host, remote.remote_port, AskForEngine())
+        if not isinstance(peer, Engine):
+            raise WireError(f"{remote.remote_host}:{remote.remote_port} answered who it is with {peer}")
+        if peer.engine_id != remote.remote_engine_id:
+            raise TopologyError(
+                f"the prefill engine at {remote.remote_host}:{remote.remote_port} is {peer.engine_id} and the KV "
+                f"was at {remote.remote_engine_id}, which it replaced; send the prompt again"
+            )
+        engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
+        sizes = peer.parallel
+        logger.info("prefill engine %s joined: tp=%d, dp=%d", peer.engine_id, sizes.tp_size, sizes.dp_size)
+        return engine
