@@ -106,7 +106,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
                 else None
             )
         else:
-            # Started before the cache exists, so that a missing library is found before the model has loaded.
+            # Started here, so that a missing library ends the engine before its cache is allocated.
             self._protocol = self._options.protocol or default_protocol()
             self._transport = MooncakeTransport(vllm_envs.VLLM_HOST_IP or self._host, self._protocol)
 
@@ -271,14 +271,14 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def _check_own_sizes(self) -> None:
-        role = self._kv_transfer_config.kv_role
-        sides = {
-            "kv_producer": ("prefill", self._options.prefill),
-            "kv_consumer": ("decode", self._options.decode),
-        }
-        if role not in sides:
-            return
-        side, configured = sides[role]
+        # An engine that is both may be either side of a pair, so only its peers can tell.
+        match self._kv_transfer_config.kv_role:
+            case "kv_producer":
+                side, configured = "prefill", self._options.prefill
+            case "kv_consumer":
+                side, configured = "decode", self._options.decode
+            case _:
+                return
         parallel = self._vllm_config.parallel_config
         found = Sizes(tp_size=parallel.tensor_parallel_size, dp_size=parallel.data_parallel_size)
         if complaint := check_sizes(configured, found, side):

@@ -37,7 +37,8 @@ class PrefillEngine:
 def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes) -> PrefillEngine:
     """Check the peer's description against this rank and plan the reads.
 
-    `configured` are the prefill sizes that the user gave, if any. Raises TopologyError naming what does not fit.
+    `configured` are the prefill sizes that the user gave, if any. Raises TopologyError naming what does
+    not fit.
     """
     check_same_cache(peer.cache, local.description, peer.engine_id)
     found = Sizes(tp_size=peer.parallel.tp_size, dp_size=peer.parallel.dp_size)
@@ -45,8 +46,8 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
         raise TopologyError(complaint)
     if peer.protocol != protocol:
         raise TopologyError(
-            f"prefill engine {peer.engine_id} transfers by {peer.protocol!r} and this engine by {protocol!r}; "
-            f"set the same protocol in kv_connector_extra_config of both"
+            f"prefill engine {peer.engine_id} transfers by {peer.protocol!r} and this engine by "
+            f"{protocol!r}; set the same protocol in kv_connector_extra_config of both"
         )
     ranks = [_memory_of(rank, peer, local) for rank in peer.ranks]
     num_turns = turns([rank.heads for rank in ranks])
@@ -63,8 +64,8 @@ def _memory_of(rank: RankRegions, peer: Engine, local: LocalCache) -> RankMemory
     page = local.memory.page.with_heads(len(heads))
     if rank.page_bytes != page.page_bytes or len(rank.layers) != len(rank.addresses):
         raise TopologyError(
-            f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {rank.page_bytes} bytes, which "
-            f"for {len(heads)} heads should be {page.page_bytes}; run the same release on both sides"
+            f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {rank.page_bytes} bytes, "
+            f"which for {len(heads)} heads should be {page.page_bytes}; run the same release on both sides"
         )
     addresses = tuple(Address(address) for address in rank.addresses)
     return RankMemory(heads, page, rank.num_blocks, rank.layers, addresses)

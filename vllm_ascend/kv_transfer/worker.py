@@ -167,8 +167,8 @@ class WorkerHalf:
             raise WireError(f"{remote.remote_host}:{remote.remote_port} answered who it is with {peer}")
         if peer.engine_id != remote.remote_engine_id:
             raise TopologyError(
-                f"the prefill engine at {remote.remote_host}:{remote.remote_port} is {peer.engine_id} and the KV "
-                f"was at {remote.remote_engine_id}, which it replaced; send the prompt again"
+                f"the prefill engine at {remote.remote_host}:{remote.remote_port} is {peer.engine_id}, which "
+                f"replaced {remote.remote_engine_id} and its KV; send the prompt again"
             )
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
         sizes = peer.parallel
