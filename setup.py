@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs CMake for `csrc` and packages what it built; everything else about the package is in pyproject.toml."""
+"""Runs CMake for `csrc` and packages what it built; all else about the package is in pyproject.toml."""
 
 import shutil
 import subprocess
@@ -14,12 +14,12 @@ LIBRARY_DIR = Path("vllm_ascend", "emulator", "lib")
 
 
 class BuildWithCMake(build_ext):
-    """Builds the emulator's libraries into the tree for an editable install, else into what becomes the wheel."""
+    """Builds the emulator's libraries: into the tree for an editable install, else into the wheel."""
 
     def run(self) -> None:
         options = {
             "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-            # Named each time: an isolated build's ninja and Python are gone when the next build reads the cache.
+            # Named each time: an isolated build's ninja and Python are gone when the next reads the cache.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python3_EXECUTABLE": sys.executable,
             "ASCEND_EMULATOR_OUTPUT_DIR": self._output_dir(),

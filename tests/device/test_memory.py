@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory as a program sees it: allocation, its budget, what fresh memory holds, and copies of any layout."""
+"""Device memory as a program sees it: its budget, what fresh memory holds, and copies of any layout."""
 
 import os
 

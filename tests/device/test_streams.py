@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams and events: asynchronous means asynchronous, and nothing but a stream's order and events orders work.
+"""Streams and events: asynchronous means asynchronous, and only a stream's order and events order work.
 
 A gate, a callback that waits for the test, holds a stream back; so no test guesses how long something takes.
 """
@@ -18,7 +18,7 @@ PATIENCE_S = 60.0
 
 @contextmanager
 def held_back(stream: torch.npu.Stream) -> Iterator[threading.Event]:
-    """`stream` does not go past this point until the event is set; leaving sets it and waits for the stream."""
+    """`stream` stays at this point until the event is set; leaving sets it and waits for the stream."""
     gate = threading.Event()
     torch.npu._subscribe_report(stream)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the emulated CANN is: the libraries that `csrc/emulator` builds and that stand in for CANN's own.
 
-They are found through the environment and never installed where they could shadow a real CANN. What they emulate, how
-truly, and what they refuse is in `docs/emulator.md`.
+They are found through the environment and never installed where they could shadow a real CANN. What they
+emulate, how truly, and what they refuse is in `docs/emulator.md`.
 """
 
 from pathlib import Path

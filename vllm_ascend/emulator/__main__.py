@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vllm_ascend.emulator [options] CMD…`: runs CMD on emulated Ascend devices.
 
-It sets the environment and becomes CMD. The libraries have to be found before CMD's process starts, because `import
-torch` loads torch_npu, which links to them by name; so this cannot be a call inside a running Python.
+It sets the environment and becomes CMD. The libraries have to be found before CMD's process starts, because
+`import torch` loads torch_npu, which links to them by name; so this cannot be a call inside a running Python.
 """
 
 import argparse
@@ -38,7 +38,9 @@ class Machine:
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Becomes the command in `arguments`; ends with status 2 and one sentence if that is not possible."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        _refuse(f"there is no option {unknown[0]}; see --help")
     machine = Machine(options.devices, options.memory, options.soc, options.allow_fp32)
     missing = missing_libraries()
     if missing:
@@ -72,7 +74,8 @@ def memory_bytes(text: str) -> int:
     size = int(match[1]) * _UNITS[match[2] or ""] if match else 0
     if not MIN_MEMORY_BYTES <= size <= MAX_MEMORY_BYTES:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size from 1MiB to 1024GiB; write a whole number of bytes, KiB, MiB or GiB, as in 4GiB"
+            f"{text!r} is not a size from 1MiB to 1024GiB; "
+            "write a whole number of bytes, KiB, MiB or GiB, as in 4GiB"
         )
     return size
 
@@ -84,6 +87,14 @@ def num_devices(text: str) -> int:
     return int(text)
 
 
+def soc_name(text: str) -> str:
+    """`text`, if it names a chip that is emulated. Raises argparse.ArgumentTypeError."""
+    if text not in SOC_NAMES:
+        names = f"{', '.join(SOC_NAMES[:-1])} or {SOC_NAMES[-1]}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a chip that is emulated; use {names}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m vllm_ascend.emulator",
@@ -91,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run CMD on emulated Ascend devices; see docs/emulator.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--devices", type=num_devices, default=8, metavar="N", help="devices in the machine (8)")
+    parser.add_argument(
+        "--devices", type=num_devices, default=8, metavar="N", help="devices in the machine (8)"
+    )
     parser.add_argument(
         "--memory",
         type=memory_bytes,
@@ -100,14 +113,16 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of each device, taken from the host's as it is used (4GiB)",
     )
     parser.add_argument(
-        "--soc", choices=SOC_NAMES, default="Ascend910B3", metavar="NAME", help="the chip's name (Ascend910B3)"
+        "--soc", type=soc_name, default="Ascend910B3", metavar="NAME", help="the chip's name (Ascend910B3)"
     )
     parser.add_argument(
         "--allow-fp32",
         action="store_true",
         help="let operators that take only 16-bit types on the card take fp32 too",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help="the program and its arguments")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="CMD", help="the program and its arguments"
+    )
     return parser
 
 
@@ -121,7 +136,7 @@ def _resolve(command: list[str]) -> list[str]:
     if command[:1] == ["--"]:
         command = command[1:]
     if not command:
-        _refuse("there is no command to run; give one, as in `python -m vllm_ascend.emulator python script.py`")
+        _refuse("there is no command to run; give one, as in `python -m vllm_ascend.emulator python x.py`")
     if command[0] in ("python", "python3"):
         return [sys.executable, *command[1:]]
     return command
