@@ -17,7 +17,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -113,8 +112,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        rank = get_tensor_model_parallel_rank()
-        tp_size = self._vllm_config.parallel_config.tensor_parallel_size
+        parallel = self._vllm_config.parallel_config
+        tp_size = parallel.tensor_parallel_size
+        rank = parallel.rank % tp_size
         reader = f"{self._kv_transfer_config.engine_id}/{rank}"
         local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, Rank(rank, tp_size, reader))
         self._worker = WorkerHalf(local, self._transport, self._protocol, self._options)

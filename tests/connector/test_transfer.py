@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every decode rank gets, byte for byte, its heads of one global reference, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.connector.engines import (
+    BLOCK_SIZE,
+    HEAD_SIZE,
+    LAYERS,
+    NUM_BLOCKS,
+    Engine,
+    admit,
+    engine_config,
+    finish,
+    model_folder,
+    prefilled,
+    running,
+)
+
+UNTOUCHED = 0x5A5A
+
+PAIRS = [
+    # prefill TP, decode TP, KV heads
+    *[(prefill, decode, heads) for prefill, decode in ((1, 1), (2, 2), (2, 1), (4, 1), (4, 2), (8, 2)) for heads in (4, 8)],
+    *[(8, 4, 2), (8, 8, 4), (4, 8, 4), (2, 8, 2)],
+    *[(1, 2, 4), (2, 4, 8), (1, 8, 4)],
+]
+"""TP up to and above the heads on either side, and last prefill smaller than decode."""
+
+PROMPTS = [
+    pytest.param(1, id="one token"),
+    pytest.param(BLOCK_SIZE - 1, id="one token short of a block"),
+    pytest.param(BLOCK_SIZE, id="a block"),
+    pytest.param(BLOCK_SIZE + 1, id="one token more than a block"),
+    pytest.param(4 * BLOCK_SIZE, id="four blocks"),
+]
+
+REMOTE_BLOCKS = (17, 3, 4, 5, 22)
+LOCAL_BLOCKS = (9, 10, 11, 2, 20)
+"""Scattered, with neighbours on one side, on the other, and on both."""
+
+
+def heads_of(rank: int, tp_size: int, heads: int) -> slice:
+    """Written apart from the code under test: vLLM gives each rank equal, consecutive heads, or one copy."""
+    if tp_size <= heads:
+        per_rank = heads // tp_size
+        return slice(rank * per_rank, (rank + 1) * per_rank)
+    head = rank // (tp_size // heads)
+    return slice(head, head + 1)
+
+
+@pytest.fixture(
+    scope="module", params=PAIRS, ids=lambda pair: f"prefill TP {pair[0]}, decode TP {pair[1]}, {pair[2]} heads"
+)
+def pair(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, int]]:
+    prefill_tp, decode_tp, heads = request.param
+    model = model_folder(Path(tmp_path_factory.mktemp("model")), heads)
+    prefill = Engine(engine_config(model, prefill_tp, "kv_producer"), heads)
+    decode = Engine(engine_config(model, decode_tp, "kv_consumer"), heads)
+    with running(prefill, decode):
+        yield prefill, decode, heads
+
+
+@pytest.fixture
+def reference(pair: tuple[Engine, Engine, int]) -> torch.Tensor:
+    """Random bits [layer, block, K/V, token, head, dim], every prefill rank's slice of them in its cache."""
+    prefill, decode, heads = pair
+    shape = (LAYERS, NUM_BLOCKS, 2, BLOCK_SIZE, heads, HEAD_SIZE)
+    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
+    for rank in range(prefill.tp_size):
+        prefill.pages(rank).copy_(bits[..., heads_of(rank, prefill.tp_size, heads), :])
+    for rank in range(decode.tp_size):
+        decode.pages(rank).fill_(UNTOUCHED)
+    return bits
+
+
+@pytest.mark.parametrize("num_tokens", PROMPTS)
+def test_bytes(pair, reference, num_tokens):
+    prefill, decode, heads = pair
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    remote, local = list(REMOTE_BLOCKS[:num_blocks]), list(LOCAL_BLOCKS[:num_blocks])
+
+    params = prefilled(prefill, f"p-{num_tokens}", num_tokens, remote)
+    wanted, num_external = admit(decode, f"d-{num_tokens}", num_tokens, local, params)
+    assert num_external == num_tokens
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+
+    assert output.finished_recving == {f"d-{num_tokens}"}
+    assert not output.failed_recving
+    for rank in range(decode.tp_size):
+        own = heads_of(rank, decode.tp_size, heads)
+        expected = torch.full_like(reference[..., own, :], UNTOUCHED)
+        expected[:, local] = reference[:, remote][..., own, :]
+        assert torch.equal(decode.pages(rank).cpu(), expected), f"decode rank {rank}"
+
+    freed = prefill.step_until(lambda output: bool(output.finished_sending))
+    assert freed.finished_sending == {f"p-{num_tokens}"}
+
+    transfer = finish(decode, wanted)["transfer"]
+    page_bytes = 2 * BLOCK_SIZE * HEAD_SIZE * 2
+    copies = max(1, decode.tp_size // heads)
+    assert transfer["bytes"] == LAYERS * num_blocks * page_bytes * heads * copies
+    assert (transfer["prompt_tokens"], transfer["blocks"]) == (num_tokens, num_blocks)
+    assert set(transfer["source_ranks"]) <= set(range(prefill.tp_size))
