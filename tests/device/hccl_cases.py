@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks do together, as functions that run unchanged on HCCL with NPU tensors and on gloo with CPU tensors.
+"""What ranks do together, as functions that run on HCCL with NPU tensors and on gloo with CPU tensors.
 
-A case gets the `Ranks` of one backend and returns tensors; the same case on the other backend must return the same
-numbers. Inputs are small whole numbers, so that no order of summation and no rounding shows.
+A case gets the `Ranks` of one backend and returns tensors; the same case on the other backend must return the
+same numbers. Inputs are small whole numbers, so that no order of summation and no rounding shows.
 """
 
 from collections.abc import Callable, Iterator
@@ -212,7 +212,7 @@ def overlapping(ranks: Ranks) -> Tensors:
 
 
 def issued_in_different_orders(ranks: Ranks) -> Tensors:
-    """Ranks start the same work of two communicators in different orders: legal, since each has a stream of its own."""
+    """Ranks start the same work of two communicators in different orders: each has a stream of its own."""
     first, second = ranks.numbers(1000, torch.float32), ranks.numbers(1000, torch.int64)
     starts = [partial(dist.all_reduce, first, group=ranks.world, async_op=True)]
     if ranks.low_half is not dist.GroupMember.NON_GROUP_MEMBER:
@@ -232,6 +232,24 @@ def after_unfinished_work(ranks: Ranks) -> Tensors:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.world)
         tensor = tensor.clamp(-8, 8)
     return [tensor]
+
+
+def coalesced(ranks: Ranks) -> Tensors:
+    """Several all-gathers as one group of calls."""
+    gathered = [ranks.ones(ranks.size * 4, torch.float32) for _ in range(3)]
+    starts = [
+        partial(dist.all_gather_into_tensor, one, ranks.numbers(4, torch.float32) + index, group=ranks.world)
+        for index, one in enumerate(gathered)
+    ]
+    if ranks.device.type == "npu":
+        with dist._coalescing_manager(ranks.world, ranks.device, async_ops=True) as manager:
+            for start in starts:
+                start()
+        manager.wait()
+    else:  # gloo has no groups of calls
+        for start in starts:
+            start()
+    return gathered
 
 
 def barrier(ranks: Ranks) -> Tensors:
@@ -290,6 +308,7 @@ def _table() -> Iterator[tuple[str, Callable[[Ranks], Tensors]]]:
     yield "asynchronous, waited for in the opposite order", overlapping
     yield "two communicators in different orders", issued_in_different_orders
     yield "between operators", after_unfinished_work
+    yield "several all_gathers as one group", coalesced
     yield "barrier", barrier
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the processes that test_hccl.py starts: `python -m device.hccl_ranks SCENARIO RANK SIZE DIRECTORY`.
+"""One of the processes that test_hccl.py starts: `python -m device.hccl_ranks SCENARIO RANK SIZE DIRECTORY`.
 
 It writes what it found as JSON to DIRECTORY/RANK.json: for each row a complaint, or null.
 """
@@ -38,7 +38,7 @@ def compare_with_gloo(rank: int, size: int, directory: Path) -> Rows:
 
 
 def lose_a_peer(rank: int, size: int, directory: Path) -> Rows:
-    """The last rank ends without a word, and the others go on; torch_npu may end them before they can say a word."""
+    """The last rank ends without a word and the others go on; torch_npu may end them before they write."""
     _join(rank, size, directory)
     tensor = torch.ones(10, device="npu")
     dist.all_reduce(tensor)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.distributed on HCCL between processes gives what gloo gives on the CPU, and ends when a process does.
 
-Starting processes takes longer than all they do, so one set of ranks runs the whole table of hccl_cases.py and the
-tests look at its rows.
+Starting processes takes longer than all they do, so one set of ranks runs the whole table of hccl_cases.py,
+and the tests look at its rows.
 """
 
 import json
@@ -26,7 +26,7 @@ EMULATED = "ASCEND_EMULATOR_DEVICES" in os.environ
 
 @dataclass(frozen=True)
 class Ended:
-    """One rank after its end: exit status, the rows it wrote (none if it did not get there), and its output."""
+    """One rank after its end: its exit status, the rows it wrote if it came that far, and its output."""
 
     status: int
     rows: dict[str, str | None]
