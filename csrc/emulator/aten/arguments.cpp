@@ -28,7 +28,8 @@ std::optional<std::vector<int64_t>> Arguments::OptionalInts(const char* name) {
   if (value.isNone()) return std::nullopt;
   if (value.isIntList()) return value.toIntVector();
   std::vector<int64_t> ints;
-  for (const c10::SymInt& symbol : value.toSymIntVector()) ints.push_back(symbol.guard_int(__FILE__, __LINE__));
+  for (const c10::SymInt& symbol : value.toSymIntVector())
+    ints.push_back(symbol.guard_int(__FILE__, __LINE__));
   return ints;
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The arguments of an operator by name. Operators such as npu_fused_infer_attention_score have fifty of them, most for
-// features that are not emulated: a kernel asks for those it honours and refuses the others unless they are
-// at their defaults, so that none is ever ignored.
+// The arguments of an operator by name. Operators such as npu_fused_infer_attention_score have fifty of them,
+// most for features that are not emulated: a kernel asks for those it honours and refuses the others unless
+// they are at their defaults, so that none is ever ignored.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -32,7 +32,8 @@ class Arguments {
   double Float(const char* name);
   bool Bool(const char* name);
 
-  /// Raises, with its name, if an argument that none of the functions above was called for is not at its default.
+  /// Raises, with its name, if an argument that none of the functions above was called for is not at its
+  /// default.
   void RefuseRest() const;
 
  private:

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Grouped attention of one sequence. The query heads that share a kv head become rows of one matrix, so that a sequence
-// is two batched products over kv heads. Rows are taken in slices, so that scores never outgrow kMaxScores.
+// Grouped attention of one sequence. The query heads that share a kv head become rows of one matrix, so that
+// a sequence is two batched products over kv heads. Rows are taken in slices, so that scores never outgrow
+// kMaxScores.
 #include "attention.h"
 
 #include <ATen/ops/arange.h>
@@ -42,8 +43,8 @@ at::Tensor Hidden(const Visibility& visibility, TokenSpan rows, TokenSpan keys) 
 
 // [tokens, heads, size] of any dtype -> float32 [heads, tokens, size], contiguous.
 at::Tensor HeadsFirst(const at::Tensor& tokens) {
-  return tokens.transpose(0, 1).to(at::TensorOptions().dtype(at::kFloat), /*non_blocking=*/false, /*copy=*/false,
-                                   at::MemoryFormat::Contiguous);
+  return tokens.transpose(0, 1).to(at::TensorOptions().dtype(at::kFloat), /*non_blocking=*/false,
+                                   /*copy=*/false, at::MemoryFormat::Contiguous);
 }
 
 // Rows [rows, kv heads * group, size] as [kv heads, group * rows, size], and back.

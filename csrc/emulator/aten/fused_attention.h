@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // npu_fused_infer_attention_score and its v2 as one call: what both mean under different argument names.
-// The rules that a card enforces are in fused_attention_rules.cpp, what lists of lengths mean in
-// fused_attention_lengths.cpp, and op_attention.cpp computes.
+// The rules that a card enforces are in fused_attention_rules.cpp, what layouts, lists of lengths and masks
+// mean in fused_attention_{layouts,lengths,masks}.cpp, and op_attention.cpp reads the call and computes.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -11,12 +11,13 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "paged.h"
 
 namespace ascend_emulator::aten {
 
-/// The order of dimensions: T tokens of all sequences one after the other, B sequences, S tokens of a sequence, N heads,
-/// D head size, H = N * D.
+/// The order of dimensions: T tokens of all sequences one after the other, B sequences, S tokens of a
+/// sequence, N heads, D head size, H = N * D.
 enum class Layout { kTnd, kBsh, kBsnd, kBnsd };
 
 struct FusedAttention {
@@ -66,11 +67,12 @@ std::pair<Layout, Layout> LayoutsOf(const std::string& op, const std::string& in
 /// A tensor of any layout, viewed as [batch, tokens, heads, size]; packed tokens are a batch of one.
 at::Tensor AsBatch(const at::Tensor& tensor, Layout layout, int64_t heads);
 
-/// A paged cache, viewed as [num_blocks, block_size, heads, size]. It is 3-D [num_blocks, block_size, heads * size] or
-/// 4-D [num_blocks, heads, block_size, size].
+/// A paged cache, viewed as [num_blocks, block_size, heads, size]. It is 3-D [num_blocks, block_size, heads *
+/// size] or 4-D [num_blocks, heads, block_size, size].
 at::Tensor AsPages(const at::Tensor& cache, int64_t heads);
 
-/// Raises, saying what was given and what is required, unless a card (or, where noted, the emulator) takes the call.
+/// Raises, saying what was given and what is required, unless a card (or, where noted, the emulator) takes
+/// the call.
 void RequireAccepted(const FusedAttention& call);
 
 /// The query tokens of each sequence. Raises when the list of lengths is missing or does not fit the query.
@@ -79,5 +81,13 @@ std::vector<Place> QueryPlaces(const FusedAttention& call);
 /// The keys of each of `batch` sequences; with paging only the length of a place has a meaning.
 /// Raises when the list of lengths is missing or does not fit keys or block table.
 std::vector<Place> KeyPlaces(const FusedAttention& call, int64_t batch);
+
+/// Which of its `num_keys` keys the query tokens `rows` of a sequence see. Reads a full mask, if there is
+/// one; raises when its shape does not fit.
+Visibility VisibilityOf(const FusedAttention& call, int64_t sequence, const Place& rows, int64_t num_keys);
+
+/// A card reads a compressed mask by position. Three corners tell triu(ones, 1) from its likely mistakes;
+/// raises if they do not fit. Reads the mask.
+void RequireUpperTriangle(const FusedAttention& call);
 
 }  // namespace ascend_emulator::aten

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the lists of lengths of npu_fused_infer_attention_score mean. Packed tokens (TND): ends of the sequences, no
-// leading 0, one per sequence, but for keys plain lengths as soon as there is a block table. Other layouts:
-// plain lengths, where one entry stands for all sequences and entries past the batch are not looked at.
+// What the lists of lengths of npu_fused_infer_attention_score mean. Packed tokens (TND): ends of the
+// sequences, no leading 0, one per sequence, but for keys plain lengths as soon as there is a block table.
+// Other layouts: plain lengths, where one entry stands for all sequences and entries past the batch are not
+// looked at.
 #include <c10/util/Exception.h>
 
 #include "fused_attention.h"
@@ -37,8 +38,8 @@ std::vector<Place> FromEnds(const List& list, int64_t num_tokens) {
     places.push_back({0, {begin, end}});
     begin = end;
   }
-  TORCH_CHECK(begin == num_tokens, list.call.op, ": ", list.name, " ends with ", begin, " and there are ", num_tokens,
-              " tokens; the two have to be equal");
+  TORCH_CHECK(begin == num_tokens, list.call.op, ": ", list.name, " ends with ", begin, " and there are ",
+              num_tokens, " tokens; the two have to be equal");
   return places;
 }
 
@@ -52,8 +53,8 @@ int64_t Length(const List& list, size_t index, int64_t capacity) {
 std::vector<Place> FromLengths(const List& list, int64_t batch, int64_t capacity) {
   const auto& lengths = *list.values;
   const auto count = static_cast<size_t>(batch);
-  TORCH_CHECK(lengths.size() == 1 || lengths.size() >= count, list.call.op, ": ", list.name, " has ", lengths.size(),
-              " entries; it needs 1 or at least ", batch, ", one for each sequence");
+  TORCH_CHECK(lengths.size() == 1 || lengths.size() >= count, list.call.op, ": ", list.name, " has ",
+              lengths.size(), " entries; it needs 1 or at least ", batch, ", one for each sequence");
   std::vector<Place> places;
   for (size_t b = 0; b < count; ++b) {
     places.push_back({static_cast<int64_t>(b), {0, Length(list, lengths.size() == 1 ? 0 : b, capacity)}});
@@ -73,7 +74,8 @@ std::vector<Place> QueryPlaces(const FusedAttention& call) {
   const List list{call, call.query_lengths_name, call.query_lengths};
   if (call.Packed()) return FromEnds(list, call.query.size(0));
   const int64_t batch = call.query.size(0);
-  if (!list.values.has_value() || list.values->empty() || call.SingleToken()) return Full(batch, call.QuerySize());
+  if (!list.values.has_value() || list.values->empty() || call.SingleToken())
+    return Full(batch, call.QuerySize());
   return FromLengths(list, batch, call.QuerySize());
 }
 
@@ -81,17 +83,18 @@ std::vector<Place> KeyPlaces(const FusedAttention& call, int64_t batch) {
   const List list{call, call.kv_lengths_name, call.kv_lengths};
   if (call.Paged()) {
     const auto& lengths = Given(list, "with a block_table every sequence needs the number of its keys");
-    TORCH_CHECK(!call.Packed() || lengths.size() == static_cast<size_t>(batch), call.op, ": ", list.name, " has ",
-                lengths.size(), " entries and ", call.query_lengths_name, " has ", batch,
+    TORCH_CHECK(!call.Packed() || lengths.size() == static_cast<size_t>(batch), call.op, ": ", list.name,
+                " has ", lengths.size(), " entries and ", call.query_lengths_name, " has ", batch,
                 "; layout TND needs one for each sequence");
-    TORCH_CHECK(call.block_table->size(0) == batch, call.op, ": block_table is ", Describe(*call.block_table), " for ",
-                batch, " sequences; it needs one row for each");
+    TORCH_CHECK(call.block_table->size(0) == batch, call.op, ": block_table is ", Describe(*call.block_table),
+                " for ", batch, " sequences; it needs one row for each");
     return FromLengths(list, batch, call.block_table->size(1) * call.block_size);
   }
   if (call.Packed()) {
     std::vector<Place> places = FromEnds(list, call.key.size(0));
     TORCH_CHECK(places.size() == static_cast<size_t>(batch), call.op, ": ", list.name, " has ", places.size(),
-                " entries and ", call.query_lengths_name, " has ", batch, "; both need one for each sequence");
+                " entries and ", call.query_lengths_name, " has ", batch,
+                "; both need one for each sequence");
     return places;
   }
   const int64_t keys = call.key.size(call.layout == Layout::kBnsd ? 2 : 1);

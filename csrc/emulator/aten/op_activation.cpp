@@ -20,8 +20,8 @@ at::Tensor Swiglu(const at::Tensor& input, int64_t dim) {
   RequireDtype({kSwiglu, "input", input}, {at::kHalf, at::kBFloat16, at::kFloat});
   TORCH_CHECK(input.dim() > 0, kSwiglu, ": input is ", Describe(input), "; it needs a dimension to split");
   const int64_t axis = c10::maybe_wrap_dim(dim, input.dim());
-  TORCH_CHECK(input.size(axis) % 2 == 0, kSwiglu, ": input is ", Describe(input), " and is split along dimension ",
-              axis, "; that size has to be even");
+  TORCH_CHECK(input.size(axis) % 2 == 0, kSwiglu, ": input is ", Describe(input),
+              " and is split along dimension ", axis, "; that size has to be even");
   const HostScope scope(input.device());
   const auto halves = OnHost(input).to(at::kFloat).chunk(2, axis);
   std::vector<int64_t> sizes = input.sizes().vec();

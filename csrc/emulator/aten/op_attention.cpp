@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// npu_fused_infer_attention_score and npu_fused_infer_attention_score_v2, each with its out form. A call is read by
-// argument names, checked against a card's rules, cut into sequences, and each sequence is attended on its own
-// in float32, keys and values gathered from the cache as it is reached.
-#include <ATen/ops/ones.h>
+// npu_fused_infer_attention_score and npu_fused_infer_attention_score_v2, each with its out form. A call is
+// read by argument names, checked against a card's rules, cut into sequences, and each sequence is attended
+// on its own in float32, keys and values gathered from the cache as it is reached.
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-#include <limits>
+#include <tuple>
 
 #include "arguments.h"
 #include "attention.h"
@@ -28,10 +26,14 @@ struct Version {
   const char* num_heads;
   const char* scale;
   const char* wants_lse;
+  /// Null where the version has none.
+  const char* sink;
 };
 
-constexpr Version kV1{"actual_seq_lengths", "actual_seq_lengths_kv", "num_heads", "scale", "softmax_lse_flag"};
-constexpr Version kV2{"actual_seq_qlen", "actual_seq_kvlen", "num_query_heads", "softmax_scale", "return_softmax_lse"};
+constexpr Version kV1{
+    "actual_seq_lengths", "actual_seq_lengths_kv", "num_heads", "scale", "softmax_lse_flag", nullptr};
+constexpr Version kV2{"actual_seq_qlen", "actual_seq_kvlen",   "num_query_heads",
+                      "softmax_scale",   "return_softmax_lse", "learnable_sink"};
 
 FusedAttention Read(Arguments& arguments, const Version& version) {
   FusedAttention call;
@@ -56,65 +58,12 @@ FusedAttention Read(Arguments& arguments, const Version& version) {
   call.sparse_mode = arguments.Int("sparse_mode");
   call.block_size = arguments.Int("block_size");
   call.wants_lse = arguments.Bool(version.wants_lse);
+  if (version.sink != nullptr) call.learnable_sink = arguments.OptionalTensor(version.sink);
   // Chooses between precise and fast kernels of a card; here there is one.
   const int64_t inner_precise = arguments.Int("inner_precise");
   TORCH_CHECK(inner_precise >= 0 && inner_precise <= 3, call.op, ": inner_precise is ", inner_precise,
               "; it has to be 0, 1, 2 or 3");
   return call;
-}
-
-// --- which keys are visible ---
-
-int64_t Bounded(int64_t tokens) { return std::clamp(tokens, -kUnbounded, kUnbounded); }
-
-// One query token over a 3-D cache in layout BSH: pre_tokens is a window of the last keys, and needs no mask.
-bool IsDecodeWindow(const FusedAttention& call) {
-  return call.layout == Layout::kBsh && call.SingleToken() && call.Paged() && call.key.dim() == 3 &&
-         call.pre_tokens > 0 && call.pre_tokens < std::numeric_limits<int32_t>::max();
-}
-
-// A full mask [S1, S2], [1, S1, S2], [B or 1, 1, S1, S2], or [B, S2] for one query token, as bool [rows, keys] of one
-// sequence.
-at::Tensor HiddenBy(const FusedAttention& call, const at::Tensor& mask, int64_t sequence, const Place& rows,
-                    int64_t num_keys) {
-  const int64_t batch = call.query.size(0);
-  const int64_t query_size = call.QuerySize();
-  at::Tensor planes = mask;
-  if (mask.dim() == 2) planes = query_size == 1 && mask.size(0) == batch ? mask.unsqueeze(1) : mask.unsqueeze(0);
-  if (mask.dim() == 4 && mask.size(1) == 1) planes = mask.squeeze(1);
-  const bool fits = planes.dim() == 3 && planes.size(1) == query_size && planes.size(2) >= num_keys &&
-                    (planes.size(0) == 1 || (planes.size(0) == batch && mask.dim() != 3));
-  TORCH_CHECK(fits, call.op, ": atten_mask is ", Describe(*call.atten_mask), " for ", batch, " sequences of ",
-              query_size, " query tokens and ", num_keys, " keys; in sparse_mode ", call.sparse_mode,
-              " it has to be [queries, keys], [1, queries, keys], [batch or 1, 1, queries, keys], or [batch, keys] for "
-              "one query token");
-  return planes[planes.size(0) == 1 ? 0 : sequence]
-      .narrow(0, rows.tokens.begin, rows.tokens.size())
-      .narrow(1, 0, num_keys)
-      .to(at::kBool);
-}
-
-Visibility VisibilityOf(const FusedAttention& call, int64_t sequence, const Place& rows, int64_t num_keys) {
-  const int64_t offset = num_keys - rows.tokens.size();
-  if (IsDecodeWindow(call)) return {.before = call.pre_tokens - 1 - offset, .after = kUnbounded};
-  if (call.SingleToken() && call.sparse_mode >= 2) return {};
-  switch (call.sparse_mode) {
-    case 2: return {.before = kUnbounded, .after = 0};
-    case 3: return {.before = kUnbounded, .after = offset};
-    case 4: return {.before = Bounded(call.pre_tokens) - offset, .after = Bounded(call.next_tokens) + offset};
-    default: break;
-  }
-  if (!call.atten_mask.has_value()) return {};
-  return {.hidden = HiddenBy(call, OnHost(*call.atten_mask), sequence, rows, num_keys)};
-}
-
-// A compressed mask is read by position. The three corners tell triu(ones, 1) from its likely mistakes.
-void RequireUpperTriangle(const FusedAttention& call) {
-  const at::Tensor mask = OnHost(*call.atten_mask).flatten(0, -2);
-  const int64_t last = mask.size(0) - 1;
-  const auto hides = [&](int64_t row, int64_t column) { return mask[row][column].item<int64_t>() != 0; };
-  TORCH_CHECK(!hides(0, 0) && !hides(last, 0) && !hides(last, last) && hides(0, last), call.op,
-              ": atten_mask is not triu(ones(2048, 2048), 1), where 1 hides; sparse_mode ", call.sparse_mode, " needs it");
 }
 
 // --- results ---
@@ -129,10 +78,14 @@ std::vector<int64_t> OutSizes(const FusedAttention& call, int64_t value_size) {
   const int64_t batch = rows.size(0);
   const int64_t tokens = rows.size(1);
   switch (call.out_layout) {
-    case Layout::kTnd: return {tokens, call.num_heads, value_size};
-    case Layout::kBsh: return {batch, tokens, call.num_heads * value_size};
-    case Layout::kBsnd: return {batch, tokens, call.num_heads, value_size};
-    case Layout::kBnsd: return {batch, call.num_heads, tokens, value_size};
+    case Layout::kTnd:
+      return {tokens, call.num_heads, value_size};
+    case Layout::kBsh:
+      return {batch, tokens, call.num_heads * value_size};
+    case Layout::kBsnd:
+      return {batch, tokens, call.num_heads, value_size};
+    case Layout::kBnsd:
+      return {batch, call.num_heads, tokens, value_size};
   }
   TORCH_INTERNAL_ASSERT(false, "a layout without sizes");
 }
@@ -152,7 +105,9 @@ at::Tensor LseRows(const FusedAttention& call, const at::Tensor& lse) {
 
 int64_t ValueSize(const FusedAttention& call) {
   const bool paged = call.Paged();
-  return (paged ? AsPages(call.value, call.num_kv_heads) : AsBatch(call.value, call.layout, call.num_kv_heads)).size(3);
+  return (paged ? AsPages(call.value, call.num_kv_heads)
+                : AsBatch(call.value, call.layout, call.num_kv_heads))
+      .size(3);
 }
 
 Results Allocate(const FusedAttention& call) {
@@ -170,7 +125,8 @@ void RequireResult(const Argument& given, const std::vector<int64_t>& sizes, c10
 // The lse that was not asked for may be of any shape and keeps its content.
 Results Given(const FusedAttention& call, const std::vector<at::Tensor>& out) {
   TORCH_CHECK(out.size() == 2, call.op, ": out has ", out.size(), " tensors; it has to be [attention, lse]");
-  RequireResult({call.op.c_str(), "out[0]", out[0]}, OutSizes(call, ValueSize(call)), call.query.scalar_type());
+  RequireResult({call.op.c_str(), "out[0]", out[0]}, OutSizes(call, ValueSize(call)),
+                call.query.scalar_type());
   if (call.wants_lse) RequireResult({call.op.c_str(), "out[1]", out[1]}, LseSizes(call), at::kFloat);
   return {out[0], out[1]};
 }
@@ -179,14 +135,18 @@ Results Given(const FusedAttention& call, const std::vector<at::Tensor>& out) {
 
 // Gives the tokens of one sequence's keys or values, [tokens, kv heads, size].
 std::function<at::Tensor(TokenSpan)> TokensOf(const FusedAttention& call, const at::Tensor& tensor,
-                                              const at::Tensor& block_table, int64_t sequence, const Place& place) {
+                                              const at::Tensor& block_table, int64_t sequence,
+                                              const Place& place) {
   if (call.Paged()) {
-    return [&call, pages = AsPages(OnHost(tensor), call.num_kv_heads), block_table, sequence](TokenSpan tokens) {
-      return GatherTokens(call.op.c_str(), pages, RowOf(block_table, sequence), tokens);
-    };
+    return
+        [&call, pages = AsPages(OnHost(tensor), call.num_kv_heads), block_table, sequence](TokenSpan tokens) {
+          return GatherTokens(call.op.c_str(), pages, RowOf(block_table, sequence), tokens);
+        };
   }
   const at::Tensor rows = AsBatch(OnHost(tensor), call.layout, call.num_kv_heads)[place.batch];
-  return [rows, begin = place.tokens.begin](TokenSpan tokens) { return rows.narrow(0, begin + tokens.begin, tokens.size()); };
+  return [rows, begin = place.tokens.begin](TokenSpan tokens) {
+    return rows.narrow(0, begin + tokens.begin, tokens.size());
+  };
 }
 
 void Compute(const FusedAttention& call, const Results& results) {
@@ -201,12 +161,14 @@ void Compute(const FusedAttention& call, const Results& results) {
   for (size_t b = 0; b < queries.size(); ++b) {
     const auto sequence = static_cast<int64_t>(b);
     const auto rows = [&](const at::Tensor& tensor) {
-      return tensor.defined() ? tensor[queries[b].batch].narrow(0, queries[b].tokens.begin, queries[b].tokens.size())
-                              : tensor;
+      return tensor.defined()
+                 ? tensor[queries[b].batch].narrow(0, queries[b].tokens.begin, queries[b].tokens.size())
+                 : tensor;
     };
     const int64_t num_keys = keys[b].tokens.size();
     Attend({rows(query), num_keys, TokensOf(call, call.key, table, sequence, keys[b]),
-            TokensOf(call, call.value, table, sequence, keys[b]), VisibilityOf(call, sequence, queries[b], num_keys)},
+            TokensOf(call, call.value, table, sequence, keys[b]),
+            VisibilityOf(call, sequence, queries[b], num_keys)},
            softmax, rows(out), rows(lse));
   }
 }
@@ -230,8 +192,7 @@ void Return(torch::jit::Stack* stack, const c10::OperatorHandle& op, const Resul
 template <const Version& version>
 void Score(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   Arguments arguments(op, *stack);
-  FusedAttention call = Read(arguments, version);
-  if (&version == &kV2) call.learnable_sink = arguments.OptionalTensor("learnable_sink");
+  const FusedAttention call = Read(arguments, version);
   arguments.RefuseRest();
   Return(stack, op, Run(call, std::nullopt));
 }
@@ -239,8 +200,7 @@ void Score(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack
 template <const Version& version>
 void ScoreInto(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   Arguments arguments(op, *stack);
-  FusedAttention call = Read(arguments, version);
-  if (&version == &kV2) call.learnable_sink = arguments.OptionalTensor("learnable_sink");
+  const FusedAttention call = Read(arguments, version);
   const std::vector<at::Tensor> out = arguments.Tensors("out");
   // Scratch memory for a card's kernel; this one needs none.
   arguments.OptionalTensor("workspace");
@@ -250,26 +210,13 @@ void ScoreInto(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::S
 
 }  // namespace
 
-at::Tensor AsBatch(const at::Tensor& tensor, Layout layout, int64_t heads) {
-  switch (layout) {
-    case Layout::kTnd: return tensor.unsqueeze(0);
-    case Layout::kBsh: return tensor.unflatten(2, {heads, -1});
-    case Layout::kBsnd: return tensor;
-    case Layout::kBnsd: return tensor.transpose(1, 2);
-  }
-  TORCH_INTERNAL_ASSERT(false, "a layout without a view");
-}
-
-at::Tensor AsPages(const at::Tensor& cache, int64_t heads) {
-  return cache.dim() == 3 ? cache.unflatten(2, {heads, -1}) : cache.transpose(1, 2);
-}
-
 void RegisterAttention(Operators& npu) {
   using torch::CppFunction;
   npu.Implement("npu_fused_infer_attention_score", CppFunction::makeFromBoxedFunction<&Score<kV1>>());
   npu.Implement("npu_fused_infer_attention_score.out", CppFunction::makeFromBoxedFunction<&ScoreInto<kV1>>());
   npu.Implement("npu_fused_infer_attention_score_v2", CppFunction::makeFromBoxedFunction<&Score<kV2>>());
-  npu.Implement("npu_fused_infer_attention_score_v2.out", CppFunction::makeFromBoxedFunction<&ScoreInto<kV2>>());
+  npu.Implement("npu_fused_infer_attention_score_v2.out",
+                CppFunction::makeFromBoxedFunction<&ScoreInto<kV2>>());
 }
 
 }  // namespace ascend_emulator::aten

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// atb's operators on a paged cache of ND layout [num_blocks, block_size, heads, head size]: npu_paged_cache_load
-// copies the tokens of sequences out of it, _npu_reshape_and_cache(_siso) stores tokens at slots, where
-// slot = block * block_size + offset.
+// atb's operators on a paged cache of ND layout [num_blocks, block_size, heads, head size]:
+// npu_paged_cache_load copies the tokens of sequences out of it, _npu_reshape_and_cache(_siso) stores tokens
+// at slots, where slot = block * block_size + offset.
 //
 // atb makes its arguments contiguous first. What it writes to must therefore be contiguous: the update of
 // a copy would be lost without a word.
@@ -60,8 +60,8 @@ void RequireLoadable(const Argument& cache) {
 void RequireSamePages(const Argument& key_cache, const Argument& value_cache) {
   RequireSameDtype(value_cache, key_cache);
   TORCH_CHECK(key_cache.tensor.sizes().slice(0, 3) == value_cache.tensor.sizes().slice(0, 3), key_cache.op,
-              ": key_cache is ", Describe(key_cache.tensor), " and value_cache is ", Describe(value_cache.tensor),
-              "; they may differ in the last size only");
+              ": key_cache is ", Describe(key_cache.tensor), " and value_cache is ",
+              Describe(value_cache.tensor), "; they may differ in the last size only");
 }
 
 void Check(const Load& load) {
@@ -75,9 +75,11 @@ void Check(const Load& load) {
   RequireIndices({kLoad, "block_table", load.block_table}, 2);
   RequireIndices({kLoad, "context_lens", load.context_lens}, 1);
   const int64_t batch = load.block_table.size(0);
-  TORCH_CHECK(load.context_lens.numel() == batch + (load.cumsum ? 1 : 0), kLoad, ": context_lens is ",
-              Describe(load.context_lens), " with cumsum=", load.cumsum ? "True" : "False", " and the block table has ",
-              batch, " rows; context_lens has to hold one length per row, or with cumsum a leading 0 and one end per row");
+  TORCH_CHECK(
+      load.context_lens.numel() == batch + (load.cumsum ? 1 : 0), kLoad, ": context_lens is ",
+      Describe(load.context_lens), " with cumsum=", load.cumsum ? "True" : "False",
+      " and the block table has ", batch,
+      " rows; context_lens has to hold one length per row, or with cumsum a leading 0 and one end per row");
   if (!load.seq_starts.has_value()) return;
   RequireIndices({kLoad, "seq_starts", *load.seq_starts}, 1);
   TORCH_CHECK(load.seq_starts->numel() == batch, kLoad, ": seq_starts is ", Describe(*load.seq_starts),
@@ -99,7 +101,8 @@ std::vector<int64_t> Lengths(const Load& load) {
 }
 
 // `rows` [total tokens, heads, head size] takes the sequences one after the other.
-void LoadRows(const Load& load, const std::vector<int64_t>& lengths, const at::Tensor& cache, const at::Tensor& rows) {
+void LoadRows(const Load& load, const std::vector<int64_t>& lengths, const at::Tensor& cache,
+              const at::Tensor& rows) {
   const at::Tensor pages = OnHost(cache);
   const at::Tensor table = OnHost(load.block_table).contiguous();
   const int64_t block_size = pages.size(1);
@@ -142,9 +145,9 @@ void RequireRoom(const Argument& rows, const Argument& cache, int64_t total) {
   RequireContiguous(rows);
   TORCH_CHECK(rows.tensor.dim() == 3 && rows.tensor.size(0) >= total &&
                   rows.tensor.sizes().slice(1) == cache.tensor.sizes().slice(2),
-              rows.op, ": ", rows.name, " is ", Describe(rows.tensor), " for ", total, " tokens out of ", cache.name,
-              " ", Describe(cache.tensor), "; it has to be [at least ", total, ", ", cache.tensor.size(2), ", ",
-              cache.tensor.size(3), "]");
+              rows.op, ": ", rows.name, " is ", Describe(rows.tensor), " for ", total, " tokens out of ",
+              cache.name, " ", Describe(cache.tensor), "; it has to be [at least ", total, ", ",
+              cache.tensor.size(2), ", ", cache.tensor.size(3), "]");
 }
 
 std::tuple<at::Tensor&, at::Tensor&> LoadInto(const at::Tensor& key_cache, const at::Tensor& value_cache,
@@ -183,12 +186,13 @@ void RequireSlotsInside(const char* op, const at::Tensor& cache, const at::Tenso
   const int64_t num_slots = cache.size(0) * cache.size(1);
   const auto* slot = slots.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < slots.numel(); ++i) {
-    TORCH_CHECK(slot[i] < num_slots, op, ": slot_indices holds ", slot[i], " for row ", i, "; the cache has slots 0 to ",
-                num_slots - 1, " (a card would write to stray memory here)");
+    TORCH_CHECK(slot[i] < num_slots, op, ": slot_indices holds ", slot[i], " for row ", i,
+                "; the cache has slots 0 to ", num_slots - 1, " (a card would write to stray memory here)");
   }
 }
 
-// Rows of negative slots are padding and go nowhere. All arguments are CPU views; cache and slots are contiguous.
+// Rows of negative slots are padding and go nowhere. All arguments are CPU views; cache and slots are
+// contiguous.
 void StoreRows(const at::Tensor& rows, const at::Tensor& cache, const at::Tensor& slots) {
   if (rows.numel() == 0) return;
   const at::Tensor source = rows.contiguous();
@@ -198,7 +202,8 @@ void StoreRows(const at::Tensor& rows, const at::Tensor& cache, const at::Tensor
   const auto* slot = slots.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < slots.numel(); ++i) {
     if (slot[i] < 0) continue;
-    std::memcpy(to + static_cast<size_t>(slot[i]) * row_bytes, from + static_cast<size_t>(i) * row_bytes, row_bytes);
+    std::memcpy(to + static_cast<size_t>(slot[i]) * row_bytes, from + static_cast<size_t>(i) * row_bytes,
+                row_bytes);
   }
 }
 

@@ -21,8 +21,9 @@ at::Tensor CastTo(const at::Tensor& input, c10::ScalarType dtype) {
 // `dtype` is a number of c10::ScalarType; torch_npu numbers the types that PyTorch lacks from 256 on.
 at::Tensor CastToNumber(const at::Tensor& input, int64_t dtype, std::optional<int64_t> input_dtype) {
   constexpr auto kNumTypes = static_cast<int64_t>(c10::ScalarType::NumOptions);
-  TORCH_CHECK(dtype >= 0 && dtype < kNumTypes && !input_dtype.has_value(), "npu_dtype_cast: dtype number ", dtype,
-              input_dtype ? " with an input_dtype" : "", "; the emulator casts between PyTorch's own dtypes only");
+  TORCH_CHECK(dtype >= 0 && dtype < kNumTypes && !input_dtype.has_value(), "npu_dtype_cast: dtype number ",
+              dtype, input_dtype ? " with an input_dtype" : "",
+              "; the emulator casts between PyTorch's own dtypes only");
   return CastTo(input, static_cast<c10::ScalarType>(dtype));
 }
 

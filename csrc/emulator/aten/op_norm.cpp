@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// npu_rms_norm and npu_add_rms_norm. They round at different places, as the kernels of 910B and 910C do: rms_norm once at
-// the end; add_rms_norm the sum, then the normalised value, then the product with gamma. So the two may differ
-// in the last bit for the same input. Source of the roundings: the kernels and test references of the project ops-nn.
+// npu_rms_norm and npu_add_rms_norm. They round at different places, as the kernels of 910B and 910C do:
+// rms_norm once at the end; add_rms_norm the sum, then the normalised value, then the product with gamma. So
+// the two may differ in the last bit for the same input. Source of the roundings: the kernels and test
+// references of the project ops-nn.
 #include <ATen/ops/add.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/rsqrt.h>
@@ -23,9 +24,10 @@ constexpr const char* kAddRmsNorm = "npu_add_rms_norm";
 
 void RequireTrailingShape(const char* op, const at::Tensor& gamma, const at::Tensor& x) {
   const int64_t rank = gamma.dim();
-  TORCH_CHECK(rank >= 1 && rank <= x.dim() && x.sizes().slice(static_cast<size_t>(x.dim() - rank)) == gamma.sizes(),
-              op, ": gamma is ", Describe(gamma), "; its shape has to be that of the last dimensions of the input, ",
-              Describe(x));
+  TORCH_CHECK(
+      rank >= 1 && rank <= x.dim() && x.sizes().slice(static_cast<size_t>(x.dim() - rank)) == gamma.sizes(),
+      op, ": gamma is ", Describe(gamma), "; its shape has to be that of the last dimensions of the input, ",
+      Describe(x));
 }
 
 // 1/sqrt(mean of squares + epsilon) over the last `rank` dimensions, which stay with size 1.
@@ -44,13 +46,15 @@ at::Tensor StoreOnDevice(const at::Tensor& host, c10::ScalarType dtype) {
 // Returns y like the input and the inverse root mean square in float32.
 std::tuple<at::Tensor, at::Tensor> RmsNorm(const at::Tensor& input, const at::Tensor& gamma, double epsilon) {
   RequireDtype({kRmsNorm, "input", input}, {at::kHalf, at::kBFloat16, at::kFloat});
-  if (gamma.scalar_type() != at::kFloat) RequireSameDtype({kRmsNorm, "gamma", gamma}, {kRmsNorm, "input", input});
+  if (gamma.scalar_type() != at::kFloat)
+    RequireSameDtype({kRmsNorm, "gamma", gamma}, {kRmsNorm, "input", input});
   RequireOnDevice({kRmsNorm, "gamma", gamma});
   RequireTrailingShape(kRmsNorm, gamma, input);
   const HostScope scope(input.device());
   const at::Tensor x = OnHost(input).to(at::kFloat);
   const at::Tensor rstd = InverseRms(x, gamma.dim(), epsilon);
-  return {StoreOnDevice(x.mul(rstd).mul_(OnHost(gamma)), input.scalar_type()), StoreOnDevice(rstd, at::kFloat)};
+  return {StoreOnDevice(x.mul(rstd).mul_(OnHost(gamma)), input.scalar_type()),
+          StoreOnDevice(rstd, at::kFloat)};
 }
 
 // Returns y, the inverse root mean square in float32, and x1 + x2; the arguments keep their values.

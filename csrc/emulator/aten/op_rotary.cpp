@@ -47,7 +47,8 @@ void RequireBroadcastable(const Argument& angle, const at::Tensor& input) {
   for (int64_t dim = 0; fits && dim < input.dim(); ++dim) {
     fits = angle.tensor.size(dim) == input.size(dim) || angle.tensor.size(dim) == 1;
   }
-  TORCH_CHECK(fits, angle.op, ": ", angle.name, " is ", Describe(angle.tensor), " for the input ", Describe(input),
+  TORCH_CHECK(fits, angle.op, ": ", angle.name, " is ", Describe(angle.tensor), " for the input ",
+              Describe(input),
               "; it needs as many dimensions, each of the same size or 1, the last of the same size");
 }
 
@@ -68,8 +69,8 @@ at::Tensor RotaryMul(const at::Tensor& input, const at::Tensor& r1, const at::Te
   const HostScope scope(input.device());
   at::Tensor result = EmptyOnDevice(input.sizes(), input.scalar_type());
   if (result.numel() == 0) return result;
-  OnHost(result).copy_(Rotate(OnHost(input).to(at::kFloat), OnHost(r1).to(at::kFloat), OnHost(r2).to(at::kFloat),
-                              pairing));
+  OnHost(result).copy_(
+      Rotate(OnHost(input).to(at::kFloat), OnHost(r1).to(at::kFloat), OnHost(r2).to(at::kFloat), pairing));
   return result;
 }
 
@@ -77,12 +78,13 @@ at::Tensor RotaryMul(const at::Tensor& input, const at::Tensor& r1, const at::Te
 void RequireHeads(const Argument& rows, int64_t num_tokens, int64_t head_size) {
   RequireContiguous(rows);
   const int64_t token_size = rows.tensor.numel() / std::max<int64_t>(num_tokens, 1);
-  TORCH_CHECK(rows.tensor.numel() == token_size * num_tokens && token_size % head_size == 0, rows.op, ": ", rows.name,
-              " is ", Describe(rows.tensor), "; it has to hold whole heads of ", head_size, " for each of ",
-              num_tokens, " positions");
+  TORCH_CHECK(rows.tensor.numel() == token_size * num_tokens && token_size % head_size == 0, rows.op, ": ",
+              rows.name, " is ", Describe(rows.tensor), "; it has to hold whole heads of ", head_size,
+              " for each of ", num_tokens, " positions");
 }
 
-// Unlike a card, which keeps the table of the first call for the life of the process, this uses the one it is given.
+// Unlike a card, which keeps the table of the first call for the life of the process, this uses the one it is
+// given.
 void RotaryEmbedding(const at::Tensor& positions, at::Tensor& query, at::Tensor& key, int64_t head_size,
                      const at::Tensor& cos_sin_cache, bool is_neox_style) {
   const Argument q{kRotaryEmbedding, "query", query};
@@ -101,8 +103,8 @@ void RotaryEmbedding(const at::Tensor& positions, at::Tensor& query, at::Tensor&
   const at::Tensor where = OnHost(positions).flatten();
   const int64_t lowest = where.min().item<int64_t>();
   const int64_t highest = where.max().item<int64_t>();
-  TORCH_CHECK(lowest >= 0 && highest < cos_sin_cache.size(0), kRotaryEmbedding, ": positions run from ", lowest,
-              " to ", highest, "; cos_sin_cache has rows 0 to ", cos_sin_cache.size(0) - 1,
+  TORCH_CHECK(lowest >= 0 && highest < cos_sin_cache.size(0), kRotaryEmbedding, ": positions run from ",
+              lowest, " to ", highest, "; cos_sin_cache has rows 0 to ", cos_sin_cache.size(0) - 1,
               " (a card would read stray memory here)");
   const auto angles = OnHost(cos_sin_cache).index_select(0, where).to(at::kFloat).unsqueeze(1).chunk(2, -1);
   const auto over_pairs = [&](const at::Tensor& half) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Puts the kernels of all families in place when the library is loaded, and a refusal in place of the rest.
-// What is left to torch_npu allocates, describes or re-labels memory; what would compute needs CANN's own kernels.
+// What is left to torch_npu allocates, describes or re-labels memory; what would compute needs CANN's own
+// kernels.
 #include "operators.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -69,15 +70,15 @@ void Operators::RefuseOthers() {
 
 namespace {
 
-// torch_npu defines and registers atb's operators in a library of its own, which Python loads when it likes; the kernels
-// here have to come later. It lies beside libtorch_npu.so.
+// torch_npu defines and registers atb's operators in a library of its own, which Python loads when it likes;
+// the kernels here have to come later. It lies beside libtorch_npu.so.
 void LoadAtb() {
   Dl_info torch_npu{};
   const bool found = dladdr(reinterpret_cast<const void*>(&c10_npu::getCurrentNPUStream), &torch_npu) != 0;
   TORCH_CHECK(found, "ascend emulator: cannot tell which library holds torch_npu");
   const auto atb = std::filesystem::path(torch_npu.dli_fname).replace_filename("libop_plugin_atb.so");
-  TORCH_CHECK(dlopen(atb.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, "ascend emulator: cannot load ", atb.string(),
-              ": ", dlerror());
+  TORCH_CHECK(dlopen(atb.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, "ascend emulator: cannot load ",
+              atb.string(), ": ", dlerror());
 }
 
 bool Register() {

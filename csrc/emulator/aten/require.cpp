@@ -25,7 +25,8 @@ std::string Join(std::initializer_list<c10::ScalarType> dtypes) {
 }
 
 [[noreturn]] void Fail(const Argument& argument, const std::string& required) {
-  TORCH_CHECK(false, argument.op, ": ", argument.name, " is ", Describe(argument.tensor), "; it has to be ", required);
+  TORCH_CHECK(false, argument.op, ": ", argument.name, " is ", Describe(argument.tensor), "; it has to be ",
+              required);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What torch_npu's operators require of their tensors, said in one way: operator, argument, what was given, what it
-// has to be. Each function raises RuntimeError (in Python) unless the tensor is as its name says.
+// What torch_npu's operators require of their tensors, said in one way: operator, argument, what was given,
+// what it has to be. Each function raises RuntimeError (in Python) unless the tensor is as its name says.
 #pragma once
 
 #include <ATen/Tensor.h>
@@ -22,8 +22,8 @@ struct Argument {
 /// "bfloat16[3, 8, 128] on npu:0"
 std::string Describe(const at::Tensor& tensor);
 
-/// True where the launcher was told --allow-fp32 (ASCEND_EMULATOR_ALLOW_FP32=1): operators for which cards take
-/// float16 and bfloat16 alone take float32 too, so that a test can compare without rounding.
+/// True where the launcher was told --allow-fp32 (ASCEND_EMULATOR_ALLOW_FP32=1): operators for which cards
+/// take float16 and bfloat16 alone take float32 too, so that a test can compare without rounding.
 bool Float32Allowed();
 
 void RequireOnDevice(const Argument& argument);
