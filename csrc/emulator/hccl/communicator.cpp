@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "hccl/patience.h"
+#include "hccl/reduce.h"
 
 namespace ascend_emulator::hccl {
 namespace {
@@ -20,7 +21,7 @@ struct Header {
   uint64_t bytes;
 };
 
-const char* NameOf(uint32_t call) {
+const char* NameOfCall(uint32_t call) {
   switch (call) {
     case HCCL_CMD_ALLGATHER:
       return "all-gather";
@@ -46,7 +47,7 @@ const char* NameOf(uint32_t call) {
 }
 
 std::string Describe(const Header& header) {
-  return std::string(NameOf(header.call)) + ", data type " + std::to_string(header.type) +
+  return std::string(NameOfCall(header.call)) + ", " + NameOf(static_cast<HcclDataType>(header.type)) +
          ", reduce operation or root " + std::to_string(header.detail) + ", " + std::to_string(header.bytes) +
          " bytes";
 }

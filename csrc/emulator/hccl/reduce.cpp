@@ -190,6 +190,37 @@ bool Reducible(HcclDataType type) {
 
 }  // namespace
 
+std::string NameOf(HcclDataType type) {
+  switch (type) {
+    case HCCL_DATA_TYPE_INT8:
+      return "int8";
+    case HCCL_DATA_TYPE_INT16:
+      return "int16";
+    case HCCL_DATA_TYPE_INT32:
+      return "int32";
+    case HCCL_DATA_TYPE_FP16:
+      return "fp16";
+    case HCCL_DATA_TYPE_FP32:
+      return "fp32";
+    case HCCL_DATA_TYPE_INT64:
+      return "int64";
+    case HCCL_DATA_TYPE_UINT64:
+      return "uint64";
+    case HCCL_DATA_TYPE_UINT8:
+      return "uint8";
+    case HCCL_DATA_TYPE_UINT16:
+      return "uint16";
+    case HCCL_DATA_TYPE_UINT32:
+      return "uint32";
+    case HCCL_DATA_TYPE_FP64:
+      return "fp64";
+    case HCCL_DATA_TYPE_BFP16:
+      return "bf16";
+    default:
+      return "data type " + std::to_string(type);
+  }
+}
+
 size_t ElementBytes(HcclDataType type) {
   switch (type) {
     case HCCL_DATA_TYPE_INT8:
@@ -215,7 +246,7 @@ size_t ElementBytes(HcclDataType type) {
     case HCCL_DATA_TYPE_INT128:
       return 16;
     default:
-      throw Error(HCCL_E_PARA, "data type " + std::to_string(type) + " does not exist; see HcclDataType");
+      throw Error(HCCL_E_PARA, NameOf(type) + " does not exist; see HcclDataType");
   }
 }
 
@@ -225,9 +256,9 @@ void CheckReduction(HcclDataType type, HcclReduceOp op) {
     throw Error(HCCL_E_PARA, "reduce operation " + std::to_string(op) + " does not exist; use 0 to 3");
   }
   if (!Reducible(type)) {
-    throw Error(HCCL_E_NOT_SUPPORT,
-                "data type " + std::to_string(type) +
-                    " is not reduced on Atlas A2; use int8, int16, int32, int64, fp16, fp32 or bf16");
+    throw Error(
+        HCCL_E_NOT_SUPPORT,
+        NameOf(type) + " is not reduced on Atlas A2; use int8, int16, int32, int64, fp16, fp32 or bf16");
   }
   if (op == HCCL_REDUCE_PROD && (type == HCCL_DATA_TYPE_INT16 || type == HCCL_DATA_TYPE_BFP16)) {
     throw Error(HCCL_E_NOT_SUPPORT, "prod of int16 or bf16 is not there on Atlas A2; cast to int32 or fp32");
@@ -252,7 +283,7 @@ void Reduce(HcclDataType type, HcclReduceOp op, const std::vector<const void*>& 
     case HCCL_DATA_TYPE_BFP16:
       return ReduceWith<BFloat16>(op, inputs, count, output);
     default:
-      throw Error(HCCL_E_NOT_SUPPORT, "data type " + std::to_string(type) + " has no reduction");
+      throw Error(HCCL_E_NOT_SUPPORT, NameOf(type) + " has no reduction");
   }
 }
 

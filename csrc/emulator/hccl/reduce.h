@@ -10,11 +10,15 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <vector>
 
 #include "third_party/hccl/inc/hccl/hccl_types.h"
 
 namespace ascend_emulator::hccl {
+
+/// What a reader calls the type: "fp64"; "data type 99" for a value that HCCL does not have.
+std::string NameOf(HcclDataType type);
 
 /// Bytes of one element. Throws Error(HCCL_E_PARA) for a value that is not an element type of HCCL.
 size_t ElementBytes(HcclDataType type);
