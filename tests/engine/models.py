@@ -119,13 +119,18 @@ def greedy_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-def log_probabilities(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[float]]:
-    """Of each output token after what precedes it: float32 arithmetic on weights rounded to bfloat16."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
+def log_probabilities(
+    folder: Path, prompts: list[list[int]], outputs: list[list[int]], dtype: torch.dtype
+) -> torch.Tensor:
+    """What transformers gives every output token after what precedes it: [prompts, NUM_NEW_TOKENS], float32.
+
+    Weights are rounded to bfloat16; `dtype` is that of the arithmetic.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(dtype).eval()
     results = []
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None])
-        results.append(chosen[:, 0].tolist())
-    return results
+        chosen = logits.float().log_softmax(-1).gather(1, torch.tensor(output)[:, None])
+        results.append(chosen[:, 0])
+    return torch.stack(results)
