@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines without a model: the real connector on every rank, real vLLM objects, real Mooncake, in one process.
+"""Engines without a model: the real connector on every rank, vLLM's objects, Mooncake, in one process.
 
-Rank r uses device r. A "step" does what vLLM's engine does with a connector: the scheduler half makes the step's
-metadata, every worker half starts and reports, vLLM's aggregator joins the reports, the scheduler half learns.
+Rank r uses device r. A "step" does what vLLM's engine does with a connector: the scheduler half makes the
+step's metadata, every worker half starts and reports, vLLM's aggregator joins the reports, the scheduler half
+learns.
 """
 
 from __future__ import annotations
@@ -108,7 +109,13 @@ class Engine:
         for rank in range(self.tp_size):
             worker = self._connector(_at_rank(config, rank), KVConnectorRole.WORKER)
             tensor = torch.zeros(
-                LAYERS, NUM_BLOCKS, heads, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.bfloat16, device=device(rank)
+                LAYERS,
+                NUM_BLOCKS,
+                heads,
+                BLOCK_SIZE,
+                2 * HEAD_SIZE,
+                dtype=torch.bfloat16,
+                device=device(rank),
             )
             with torch.npu.device(device(rank)):
                 worker.register_kv_caches(dict(zip(self.layers, tensor, strict=True)))
@@ -120,7 +127,7 @@ class Engine:
         self._aggregator = KVOutputAggregator(self.tp_size)
 
     def pages(self, rank: int) -> torch.Tensor:
-        """The rank's cache as bits [layer, block, K/V, token, head, dim], as documented; shares its memory."""
+        """The rank's cache, its own memory, as bits [layer, block, K/V, token, head, dim]."""
         tensor = self.tensors[rank]
         layers, blocks, heads, block_size, content = tensor.shape
         return tensor.view(torch.int16).view(layers, blocks, 2, block_size, heads, content // 2)
@@ -152,7 +159,9 @@ class Engine:
         self.scheduler.update_connector_output(output)
         return output
 
-    def step_until(self, met: Callable[[KVConnectorOutput], bool], timeout_s: float = 20.0) -> KVConnectorOutput:
+    def step_until(
+        self, met: Callable[[KVConnectorOutput], bool], timeout_s: float = 20.0
+    ) -> KVConnectorOutput:
         """Step until an output meets a condition; fails after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -209,7 +218,12 @@ def prefilled(engine: Engine, request_id: str, num_tokens: int, blocks: Sequence
 
 
 def admit(
-    engine: Engine, request_id: str, num_tokens: int, blocks: Sequence[int], params: dict[str, Any], cached: int = 0
+    engine: Engine,
+    request_id: str,
+    num_tokens: int,
+    blocks: Sequence[int],
+    params: dict[str, Any],
+    cached: int = 0,
 ) -> tuple[Request, int]:
     """Admit a request on the decode engine, `cached` tokens of it a prefix hit; the tokens to be pulled."""
     wanted = request(request_id, num_tokens, params)

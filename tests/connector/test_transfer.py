@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.connector.engines import (
+from connector.engines import (
     BLOCK_SIZE,
     HEAD_SIZE,
     LAYERS,
@@ -27,12 +26,17 @@ UNTOUCHED = 0x5A5A
 
 PAIRS = [
     # prefill TP, decode TP, KV heads
-    *[(prefill, decode, heads) for prefill, decode in ((1, 1), (2, 2), (2, 1), (4, 1), (4, 2), (8, 2)) for heads in (4, 8)],
+    *[
+        (prefill, decode, heads)
+        for prefill, decode in ((1, 1), (2, 2), (2, 1), (4, 1), (4, 2), (8, 2))
+        for heads in (4, 8)
+    ],
     *[(8, 4, 2), (8, 8, 4), (4, 8, 4), (2, 8, 2)],
     *[(1, 2, 4), (2, 4, 8), (1, 8, 4)],
 ]
 """TP up to and above the heads on either side, and last prefill smaller than decode."""
 
+# Tokens whose KV is wanted: a prompt has one more, which decode computes itself.
 PROMPTS = [
     pytest.param(1, id="one token"),
     pytest.param(BLOCK_SIZE - 1, id="one token short of a block"),
@@ -56,7 +60,9 @@ def heads_of(rank: int, tp_size: int, heads: int) -> slice:
 
 
 @pytest.fixture(
-    scope="module", params=PAIRS, ids=lambda pair: f"prefill TP {pair[0]}, decode TP {pair[1]}, {pair[2]} heads"
+    scope="module",
+    params=PAIRS,
+    ids=lambda pair: f"prefill TP {pair[0]}, decode TP {pair[1]}, {pair[2]} heads",
 )
 def pair(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, int]]:
     prefill_tp, decode_tp, heads = request.param
@@ -83,11 +89,13 @@ def reference(pair: tuple[Engine, Engine, int]) -> torch.Tensor:
 @pytest.mark.parametrize("num_tokens", PROMPTS)
 def test_bytes(pair, reference, num_tokens):
     prefill, decode, heads = pair
+    num_prompt_tokens = num_tokens + 1
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     remote, local = list(REMOTE_BLOCKS[:num_blocks]), list(LOCAL_BLOCKS[:num_blocks])
+    last = [23] if num_prompt_tokens > num_blocks * BLOCK_SIZE else []
 
-    params = prefilled(prefill, f"p-{num_tokens}", num_tokens, remote)
-    wanted, num_external = admit(decode, f"d-{num_tokens}", num_tokens, local, params)
+    params = prefilled(prefill, f"p-{num_tokens}", num_prompt_tokens, remote + last)
+    wanted, num_external = admit(decode, f"d-{num_tokens}", num_prompt_tokens, local + last, params)
     assert num_external == num_tokens
     output = decode.step_until(lambda output: bool(output.finished_recving))
 
@@ -102,9 +110,10 @@ def test_bytes(pair, reference, num_tokens):
     freed = prefill.step_until(lambda output: bool(output.finished_sending))
     assert freed.finished_sending == {f"p-{num_tokens}"}
 
-    transfer = finish(decode, wanted)["transfer"]
+    transfer = finish(decode, wanted)
     page_bytes = 2 * BLOCK_SIZE * HEAD_SIZE * 2
     copies = max(1, decode.tp_size // heads)
     assert transfer["bytes"] == LAYERS * num_blocks * page_bytes * heads * copies
-    assert (transfer["prompt_tokens"], transfer["blocks"]) == (num_tokens, num_blocks)
-    assert set(transfer["source_ranks"]) <= set(range(prefill.tp_size))
+    assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_prompt_tokens, num_tokens)
+    assert transfer["blocks"] == num_blocks
+    assert set(transfer["sources"]) <= set(range(prefill.tp_size))

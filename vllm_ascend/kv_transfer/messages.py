@@ -178,6 +178,8 @@ class Pull:
     """Blocks to read, in token order; those of a prefix hit are not among them."""
     local_blocks: tuple[int, ...]
     """Where they go, one for one."""
+    tokens: int
+    """Tokens whose KV these blocks hold."""
     prompt_tokens: int
 
 

@@ -14,11 +14,13 @@ class TransferNumbers:
     """One request's load, at one rank or, merged, at all ranks of the decode engine."""
 
     prompt_tokens: int
+    tokens: int
+    """Tokens whose KV was pulled: not those of a prefix hit, nor the last, which decode computes itself."""
     blocks: int
-    """Blocks pulled; the others were a prefix hit."""
+    """Blocks that hold them."""
     bytes: int
     descriptors: int
-    source_ranks: tuple[int, ...]
+    sources: tuple[int, ...]
     """Prefill ranks that were read."""
     queue_ms: float
     """From the scheduler's decision to the start of the read."""
@@ -29,10 +31,11 @@ class TransferNumbers:
         """Both ranks' work as one: amounts add up, times are those of the slower rank."""
         return TransferNumbers(
             prompt_tokens=self.prompt_tokens,
+            tokens=self.tokens,
             blocks=self.blocks,
             bytes=self.bytes + other.bytes,
             descriptors=self.descriptors + other.descriptors,
-            source_ranks=tuple(sorted({*self.source_ranks, *other.source_ranks})),
+            sources=tuple(sorted({*self.sources, *other.sources})),
             queue_ms=max(self.queue_ms, other.queue_ms),
             transfer_ms=max(self.transfer_ms, other.transfer_ms),
             regroup_ms=max(self.regroup_ms, other.regroup_ms),
@@ -48,7 +51,7 @@ class TransferNumbers:
 
 def nothing_moved(prompt_tokens: int) -> TransferNumbers:
     """The numbers of a request whose whole prompt was a local prefix hit."""
-    return TransferNumbers(prompt_tokens, 0, 0, 0, (), 0.0, 0.0, 0.0)
+    return TransferNumbers(prompt_tokens, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
 
 
 class TransferStats(KVConnectorStats):

@@ -149,9 +149,9 @@ class DecodeSide:
         self._keeper.hold(remote)
 
     def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens beyond the local prefix hit whose KV the prefill engine holds."""
+        """Tokens beyond the local prefix hit whose KV is worth pulling."""
         remote = self._announced.get(request.request_id)
-        return 0 if remote is None else max(0, self._held_tokens(request, remote) - num_computed_tokens)
+        return 0 if remote is None else max(0, self._useful_tokens(request, remote) - num_computed_tokens)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
@@ -162,8 +162,8 @@ class DecodeSide:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
             self._keeper.release(remote)
             return
-        held = self._held_tokens(request, remote)
-        positions = blocks_to_pull(Span(held - num_external_tokens, held), self._block_size)
+        useful = self._useful_tokens(request, remote)
+        positions = blocks_to_pull(Span(useful - num_external_tokens, useful), self._block_size)
         wanted = slice(positions.start, positions.stop)
         (local_blocks,) = blocks.get_block_ids()
         self._pulling[request.request_id] = remote
@@ -173,6 +173,7 @@ class DecodeSide:
                 remote=remote,
                 remote_blocks=tuple(remote.remote_block_ids[0][wanted]),
                 local_blocks=tuple(local_blocks[wanted]),
+                tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
             )
         )
@@ -211,13 +212,16 @@ class DecodeSide:
         numbers = self._numbers.pop(request.request_id, None)
         if numbers is None:
             return None
-        return {"do_remote_prefill": False, "do_remote_decode": False, "transfer": numbers.as_params()}
+        return numbers.as_params()
 
     def close(self) -> None:
         """End the keeper. May be called twice."""
         self._keeper.close()
 
-    def _held_tokens(self, request: Request, remote: RemotePrefill) -> int:
-        """Prompt tokens whose KV is at the prefill engine, by its own account and by the blocks it lists."""
+    def _useful_tokens(self, request: Request, remote: RemotePrefill) -> int:
+        """Where the interval of prompt tokens ends whose KV is at the prefill engine and of use here.
+
+        The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
+        """
         num_blocks = len(remote.remote_block_ids[0]) if remote.remote_block_ids else 0
-        return min(request.num_prompt_tokens, remote.remote_num_tokens, num_blocks * self._block_size)
+        return min(request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * self._block_size)

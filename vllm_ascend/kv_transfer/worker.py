@@ -118,10 +118,11 @@ class WorkerHalf:
             self._regroup.run(runs.local_blocks(), share_positions(runs, plan.shares), runs.length)
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
+            tokens=pull.tokens,
             blocks=len(pull.local_blocks),
             bytes=sum(part.total_bytes for _, part in copies),
             descriptors=sum(len(part) for _, part in copies),
-            source_ranks=tuple(sorted(rank for rank, _ in copies)),
+            sources=tuple(sorted(rank for rank, _ in copies)),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
             regroup_ms=clock.lap_ms() if plan.shares > 1 else 0.0,

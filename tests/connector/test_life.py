@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of a request's blocks on both sides, whatever way it takes and whoever dies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from connector.engines import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    Engine,
+    admit,
+    engine_config,
+    finish,
+    model_folder,
+    prefilled,
+    request,
+    running,
+)
+from vllm.v1.request import RequestStatus
+
+from vllm_ascend.kv_transfer.handshake import Channel
+from vllm_ascend.kv_transfer.messages import Done, DoneNoted, Release, Released
+
+HEADS = 4
+LEASE_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    model = model_folder(Path(tmp_path_factory.mktemp("model")), HEADS)
+    prefill = Engine(engine_config(model, 2, "kv_producer", {"lease_s": LEASE_S}), HEADS)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), HEADS)
+    with running(prefill, decode):
+        yield prefill, decode
+
+
+def freed_of(prefill: Engine, timeout_s: float = 0.5 * LEASE_S) -> set[str]:
+    """What prefill frees next, by default well before a lease could end."""
+    return prefill.step_until(lambda output: bool(output.finished_sending), timeout_s).finished_sending
+
+
+def test_a_prefix_hit_pulls_only_what_is_missing(engines):
+    prefill, decode = engines
+    prefill.pages(0).random_()
+    prefill.pages(1).random_()
+    decode.pages(0).fill_(7)
+    params = prefilled(prefill, "p", 4 * BLOCK_SIZE, [1, 2, 3, 4])
+    wanted, num_external = admit(decode, "d", 4 * BLOCK_SIZE, [11, 12, 13, 14], params, cached=2 * BLOCK_SIZE)
+    assert num_external == 2 * BLOCK_SIZE - 1
+    decode.step_until(lambda output: output.finished_recving == {"d"})
+    pages = decode.pages(0).cpu()
+    assert (pages[:, [11, 12]] == 7).all()
+    assert torch.equal(pages[:, [13, 14], ..., :2, :], prefill.pages(0).cpu()[:, [3, 4]])
+    assert torch.equal(pages[:, [13, 14], ..., 2:, :], prefill.pages(1).cpu()[:, [3, 4]])
+    assert freed_of(prefill) == {"p"}
+    assert finish(decode, wanted)["blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "cached"),
+    [
+        pytest.param(2 * BLOCK_SIZE + 1, 2 * BLOCK_SIZE, id="all but the last token is cached"),
+        pytest.param(1, 0, id="a prompt of one token"),
+    ],
+)
+def test_a_full_hit_pulls_nothing_and_prefill_frees_at_once(engines, num_tokens, cached):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", num_tokens, [1, 2, 3])
+    wanted, num_external = admit(decode, "d", num_tokens, [1, 2, 3], params, cached)
+    assert num_external == 0
+    assert not decode.step().finished_recving
+    assert freed_of(prefill) == {"p"}
+    numbers = finish(decode, wanted)
+    assert (numbers["tokens"], numbers["blocks"], numbers["bytes"]) == (0, 0, 0)
+
+
+def test_a_request_that_ends_before_it_is_scheduled_frees_prefill_at_once(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted = request("d", 20, params)
+    decode.scheduler.on_new_request(wanted)
+    assert finish(decode, wanted) is None
+    assert freed_of(prefill) == {"p"}
+
+
+def test_a_request_that_ends_while_it_is_read_is_still_reported_and_freed(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted, _ = admit(decode, "d", 20, [1, 2], params)
+    assert finish(decode, wanted) is None
+    decode.step_until(lambda output: output.finished_recving == {"d"})
+    assert freed_of(prefill) == {"p"}
+
+
+def test_a_request_that_is_aborted_while_it_prefills_holds_nothing(engines):
+    prefill, _ = engines
+    aborted = request("p", 20, {"do_remote_decode": True, "do_remote_prefill": False})
+    aborted.status = RequestStatus.FINISHED_ABORTED
+    assert prefill.scheduler.request_finished_all_groups(aborted, ([1, 2],)) == (False, None)
+
+
+def test_decode_keeps_a_waiting_request_beyond_its_first_lease(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted = request("d", 20, params)
+    decode.scheduler.on_new_request(wanted)
+    with pytest.raises(AssertionError, match="nothing of the kind"):
+        freed_of(prefill, timeout_s=2 * LEASE_S)
+    finish(decode, wanted)
+    assert freed_of(prefill) == {"p"}
+
+
+def test_a_lease_that_nobody_renews_ends(engines):
+    prefill, _ = engines
+    prefilled(prefill, "p", 20, [1, 2])
+    assert freed_of(prefill, timeout_s=2 * LEASE_S) == {"p"}
+
+
+def test_what_was_read_after_the_lease_ended_is_a_failed_load(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    assert freed_of(prefill, timeout_s=2 * LEASE_S) == {"p"}
+    wanted, _ = admit(decode, "d", 20, [1, 2], params)
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert (output.finished_recving, output.failed_recving) == ({"d"}, {"d"})
+    assert finish(decode, wanted) is None
+
+
+def test_double_and_late_and_foreign_words_are_harmless(engines):
+    prefill, _ = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    channel = Channel(params["remote_host"], params["remote_port"], timeout_s=1)
+    done = Done(engine_id=params["remote_engine_id"], request_id="p", reader="decode/0", num_readers=1)
+    stranger = Done(engine_id=params["remote_engine_id"], request_id="x", reader="decode/0", num_readers=1)
+    assert channel.ask(stranger) == DoneNoted(held=False)
+    assert channel.ask(Release(engine_id=params["remote_engine_id"], request_ids=("x",))) == Released()
+    assert [channel.ask(done), channel.ask(done)] == [DoneNoted(held=True)] * 2
+    assert freed_of(prefill) == {"p"}
+    assert channel.ask(done) == DoneNoted(held=True)
+    assert not prefill.step().finished_sending
+    channel.close()
+
+
+def test_requests_at_the_same_time_do_not_mix(engines):
+    prefill, decode = engines
+    prefill.pages(0).random_()
+    prefill.pages(1).random_()
+    remote = torch.randperm(NUM_BLOCKS).tolist()
+    local = torch.randperm(NUM_BLOCKS).tolist()
+    ids = [f"{i}" for i in range(8)]
+    parts = {request_id: slice(3 * i, 3 * i + 3) for i, request_id in enumerate(ids)}
+    for request_id, part in parts.items():
+        params = prefilled(prefill, f"p{request_id}", 3 * BLOCK_SIZE, remote[part])
+        admit(decode, request_id, 3 * BLOCK_SIZE, local[part], params)
+    finished: set[str] = set()
+    decode.step_until(lambda output: finished.update(output.finished_recving or ()) or finished == set(ids))
+    assert torch.equal(decode.pages(0).cpu()[:, local, ..., :2, :], prefill.pages(0).cpu()[:, remote])
+    assert torch.equal(decode.pages(0).cpu()[:, local, ..., 2:, :], prefill.pages(1).cpu()[:, remote])
+    freed: set[str] = set()
+    prefill.step_until(lambda output: freed.update(output.finished_sending or ()) or len(freed) == 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"remote_block_ids": [["one"]]}, id="block ids that are no numbers"),
+        pytest.param({"remote_port": "80"}, id="a port as text"),
+        pytest.param({"remote_host": "a b"}, id="a host with a space"),
+        pytest.param({"remote_num_tokens": None}, id="no number of tokens"),
+        pytest.param({"remote_lease_s": -1}, id="a lease that has ended"),
+    ],
+)
+def test_parameters_of_no_use_are_computed_locally(engines, change):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted, num_external = admit(decode, "d", 20, [1, 2], {**params, **change})
+    assert num_external == 0
+    assert finish(decode, wanted) is None
+    assert freed_of(prefill, timeout_s=2 * LEASE_S) == {"p"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param({"remote_block_ids": [[1, NUM_BLOCKS]]}, "asked of prefill rank", id="block too high"),
+        pytest.param({"remote_port": 9}, "did not answer within 1 s", id="nobody listens"),
+        pytest.param({"remote_host": "0:0:0"}, "start it, or set", id="an address that is none"),
+        pytest.param({"remote_engine_id": "older"}, "which replaced older", id="another engine listens"),
+        pytest.param({"remote_request_id": "older"}, "ended before the read did", id="an unknown request"),
+    ],
+)
+def test_what_cannot_be_read_is_a_failed_load_with_its_reason(engines, change, reason, caplog_vllm):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    admit(decode, "d", 20, [1, 2], {**params, **change})
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert (output.finished_recving, output.failed_recving) == ({"d"}, {"d"})
+    assert reason in caplog_vllm.text
+    assert freed_of(prefill, timeout_s=2 * LEASE_S) == {"p"}
