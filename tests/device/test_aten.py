@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ATen operators on the NPU give what they give on the CPU, for every way of handing tensors over.
 
-The CPU is the reference: each case is computed twice, from the same inputs. Integers must agree exactly, floating
-point numbers within what different orders of summation may cost in the dtype.
+The CPU is the reference: each case is computed twice, from the same inputs. Integers must agree exactly,
+floating point numbers within what different orders of summation may cost in the dtype.
 """
 
 from collections.abc import Callable
@@ -106,7 +106,10 @@ REDUCTIONS = {
     "softmax to float": (lambda a: a.softmax(-1, dtype=torch.float32), FLOATS),
     "count": (lambda a: [a.count_nonzero(), a.nonzero()], ALL),
     "sort": (lambda a: [a.sort(dim=-1, stable=True).values, a.sort(0, descending=True).values], NUMBERS),
-    "sort indices": (lambda a: [a.sort(dim=-1, stable=True).indices, a.argsort(dim=-1, stable=True)], NUMBERS),
+    "sort indices": (
+        lambda a: [a.sort(dim=-1, stable=True).indices, a.argsort(dim=-1, stable=True)],
+        NUMBERS,
+    ),
     "topk": (lambda a: a.topk(3, -1).values, NUMBERS),
     "unique": (lambda a: a.unique(), NUMBERS),
     "unique with counts": (lambda a: a.unique(return_inverse=True, return_counts=True), INTEGERS),
@@ -148,7 +151,10 @@ SHAPES_AND_INDICES = {
     "pad": (lambda a: F.pad(a, (1, 2), value=1), ALL),
     "diagonal": (lambda a: [a.diagonal(), a[0].diag()], NUMBERS),
     "meshgrid": (lambda a: torch.meshgrid(a[0], a[1], indexing="ij"), ALL),
-    "view as another dtype": (lambda a: a.view(torch.uint8) if a.element_size() == 1 else a.view(torch.int8), ALL),
+    "view as another dtype": (
+        lambda a: a.view(torch.uint8) if a.element_size() == 1 else a.view(torch.int8),
+        ALL,
+    ),
     "searchsorted": (lambda a: torch.searchsorted(a.flatten().sort().values, a[0].contiguous()), NUMBERS),
     "clone": (lambda a: [a.clone(), a.t().clone(), a.clone(memory_format=torch.contiguous_format)], ALL),
     "likes": (
@@ -180,7 +186,9 @@ WRITES = {
     "index_fill_": lambda a: a.index_fill_(1, torch.tensor([3, 1], device=a.device), 1),
     "scatter_": lambda a: a.scatter_(1, torch.tensor([[0, 2]] * 4, device=a.device), a[:, :2].clone()),
     "scatter_ a number": lambda a: a.scatter_(1, torch.tensor([[0, 2]] * 4, device=a.device), 1),
-    "scatter_add_": lambda a: a.scatter_add_(1, torch.tensor([[0, 0]] * 4, device=a.device), a[:, :2].clone()),
+    "scatter_add_": lambda a: a.scatter_add_(
+        1, torch.tensor([[0, 0]] * 4, device=a.device), a[:, :2].clone()
+    ),
     "masked_fill_": lambda a: a.masked_fill_(a > 0, 1),
     "masked_scatter_": lambda a: a.masked_scatter_(a > 0, a.flatten().clone()),
     "copy_ into a slice": lambda a: a[:, ::2].copy_(a[:, 1::2].clone()),
@@ -197,8 +205,7 @@ NETWORKS = {
         a.view(2, 2, 6) @ a.view(2, 2, 6).transpose(1, 2),
     ],
     "addmm": lambda a: torch.addmm(a[:, :4], a, a.t(), beta=0.5, alpha=2),
-    "baddbmm": lambda a: torch.baddbmm(a[:, :4].reshape(2, 2, 4), a.view(2, 2, 6), a.view(2, 4, 3).repeat(1, 1, 2)
-                                       .transpose(1, 2)[:, :6]),
+    "baddbmm": lambda a: torch.baddbmm(a.view(2, 2, 6)[:, :, :2], a.view(2, 2, 6), a.view(2, 6, 2)),
     "einsum": lambda a: torch.einsum("ij,kj->ik", a, a),
     "linear": lambda a: [F.linear(a, a), F.linear(a, a, a[:, 0]), F.linear(a.view(2, 2, 6), a, a[:, 0])],
     "embedding": lambda a: F.embedding(torch.tensor([[0, 3], [1, 1]], device=a.device), a),

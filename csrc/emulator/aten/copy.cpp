@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A copy of one dense run of bytes goes through aclrtMemcpy, as torch_npu's own does. Everything else, on a card an
-// operator, is PyTorch's CPU copy; an asynchronous one runs on the stream's thread.
+// A copy of one dense run of bytes goes through aclrtMemcpy, as torch_npu's own does. Everything else, on a
+// card an operator, is PyTorch's CPU copy; an asynchronous one runs on the stream's thread.
 //
-// What is put on a stream refers to memory by address and does not keep it alive, again as on a card: torch_npu's
-// allocators hand memory on in the order of the streams, and hold pinned memory back until a recorded event.
+// What is put on a stream refers to memory by address and does not keep it alive, again as on a card:
+// torch_npu's allocators hand memory on in the order of the streams, and hold pinned memory back until a
+// recorded event.
 #include "copy.h"
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/from_blob.h>
-
 #include <acl/acl.h>
 
 #include "../runtime/stream.h"
@@ -64,15 +64,17 @@ void CopyNow(const at::Tensor& target, const at::Tensor& source) {
 }
 
 void CopyOnStream(const at::Tensor& target, const at::Tensor& source) {
-  // The conversion waits until torch_npu's task queue has handed its tasks over, so that this one follows them.
+  // The conversion waits until torch_npu's task queue has handed its tasks over, so that this one follows
+  // them.
   aclrtStream stream = c10_npu::getCurrentNPUStream();
   if (IsOneRun(target, source)) {
-    Check(aclrtMemcpyAsync(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(), source.nbytes(),
-                           KindOf(target, source), stream),
+    Check(aclrtMemcpyAsync(target.mutable_data_ptr(), target.nbytes(), source.const_data_ptr(),
+                           source.nbytes(), KindOf(target, source), stream),
           "aclrtMemcpyAsync");
     return;
   }
-  Stream::From(stream).Enqueue([to = Memory(target), from = Memory(source)] { to.View().copy_(from.View()); });
+  Stream::From(stream).Enqueue(
+      [to = Memory(target), from = Memory(source)] { to.View().copy_(from.View()); });
 }
 
 // Pinned memory must not be given to another tensor before the stream has passed this point.

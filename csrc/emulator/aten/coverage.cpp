@@ -3,11 +3,13 @@
 // Which kernel serves which ATen operator on the emulated device, put in place when the library is loaded.
 // Of the operators for which torch_npu has an NPU kernel,
 //   - those that allocate, describe or look at memory keep torch_npu's;
-//   - factories and copies are put together from other operators by PyTorch's composite kernel, so that large results
+//   - factories and copies are put together from other operators by PyTorch's composite kernel, so that large
+//   results
 //     are written once and in place;
 //   - the others run PyTorch's CPU kernel on the NPU tensors' memory;
 //   - what has no CPU kernel is refused by its name.
-// Operators without an NPU kernel do what they do on a card: PyTorch's composite kernel, or torch_npu's own fallback.
+// Operators without an NPU kernel do what they do on a card: PyTorch's composite kernel, or torch_npu's own
+// fallback.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -65,7 +67,7 @@ bool KeepsTorchNpuKernel(const std::string& name) {
 
 bool IsPutTogether(const std::string& name) {
   static const std::set<std::string> names{
-      "aten::_lazy_clone", "aten::_to_copy", "aten::clone",    "aten::contiguous", "aten::full",
+      "aten::_lazy_clone", "aten::_to_copy", "aten::clone",     "aten::contiguous", "aten::full",
       "aten::one_hot",     "aten::ones",     "aten::ones_like", "aten::randperm",   "aten::zeros",
   };
   return names.count(name) != 0;
@@ -97,18 +99,21 @@ class CompositeKernel : public c10::OperatorKernel {
   const c10::DispatchKey key_;
 };
 
-// Where PyTorch composes an operator, torch_npu has a fused one in front of autograd. Here it is PyTorch's own again if
-// gradients are asked for or memory is written (autograd counts writes), and otherwise the NPU kernel below.
+// Where PyTorch composes an operator, torch_npu has a fused one in front of autograd. Here it is PyTorch's
+// own again if gradients are asked for or memory is written (autograd counts writes), and otherwise the NPU
+// kernel below.
 class BeforeAutogradKernel : public c10::OperatorKernel {
  public:
-  explicit BeforeAutogradKernel(const c10::FunctionSchema& schema) : num_arguments_(schema.arguments().size()) {
+  explicit BeforeAutogradKernel(const c10::FunctionSchema& schema)
+      : num_arguments_(schema.arguments().size()) {
     for (const c10::Argument& argument : schema.arguments()) {
       writes_ = writes_ || (argument.alias_info() != nullptr && argument.alias_info()->isWrite());
     }
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (writes_ || (at::GradMode::is_enabled() && AnyRequiresGrad(torch::jit::last(*stack, num_arguments_)))) {
+    if (writes_ ||
+        (at::GradMode::is_enabled() && AnyRequiresGrad(torch::jit::last(*stack, num_arguments_)))) {
       op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, *stack);
       return;
     }
@@ -120,7 +125,8 @@ class BeforeAutogradKernel : public c10::OperatorKernel {
   static bool AnyRequiresGrad(c10::ArrayRef<c10::IValue> arguments) {
     bool found = false;
     for (const c10::IValue& argument : arguments) {
-      ForEachTensor(argument, [&found](const at::Tensor& tensor) { found = found || tensor.requires_grad(); });
+      ForEachTensor(argument,
+                    [&found](const at::Tensor& tensor) { found = found || tensor.requires_grad(); });
     }
     return found;
   }
@@ -135,7 +141,8 @@ void Refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
 }
 
 std::optional<c10::DispatchKey> CompositeKeyOf(const c10::OperatorHandle& op) {
-  for (const auto key : {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeImplicitAutograd}) {
+  for (const auto key :
+       {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeImplicitAutograd}) {
     if (op.hasKernelForDispatchKey(key)) return key;
   }
   return std::nullopt;
@@ -156,7 +163,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   const QuietOverrides quiet;
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNamesForDispatchKey(kNpu)) {
     const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema(name);
-    if (!op || name.getNamespace() != "aten" || name.name == "aten::copy_" || KeepsTorchNpuKernel(name.name)) continue;
+    if (!op || name.getNamespace() != "aten" || name.name == "aten::copy_" || KeepsTorchNpuKernel(name.name))
+      continue;
     library.impl(c10::toString(name).c_str(), KernelFor(*op));
   }
   library.impl("copy_", &Copy);
@@ -165,13 +173,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
   const QuietOverrides quiet;
   constexpr auto kAutogradNpu = c10::DispatchKey::AutogradPrivateUse1;
-  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNamesForDispatchKey(kAutogradNpu)) {
+  for (const c10::OperatorName& name :
+       c10::Dispatcher::singleton().getAllOpNamesForDispatchKey(kAutogradNpu)) {
     const std::optional<c10::OperatorHandle> op = c10::Dispatcher::singleton().findSchema(name);
     if (!op || name.getNamespace() != "aten") continue;
     if (!op->hasKernelForDispatchKey(kNpu)) continue;
     if (!op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;
-    library.impl(c10::toString(name).c_str(),
-                 torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BeforeAutogradKernel>(op->schema())));
+    library.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunctor(
+                                                  std::make_unique<BeforeAutogradKernel>(op->schema())));
   }
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// NPU tensors that share a storage must share one on the host too: the CPU kernels look at it to refuse overlapping
-// operands, and a result that lies in it is a view of an argument and not new memory.
+// NPU tensors that share a storage must share one on the host too: the CPU kernels look at it to refuse
+// overlapping operands, and a result that lies in it is a view of an argument and not new memory.
 //
-// A CPU kernel may resize what it writes. Host storages can therefore grow, into CPU memory; the NPU tensor follows
-// afterwards and takes the content over.
+// A CPU kernel may resize what it writes. Host storages can therefore grow, into CPU memory; the NPU tensor
+// follows afterwards and takes the content over.
 #include "host_call.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -28,7 +28,10 @@ bool IsScalar(const at::Tensor& tensor) { return tensor.dim() == 0; }
 }  // namespace
 
 HostCall::HostCall(const c10::OperatorHandle& op, const Signature& signature, torch::jit::Stack* stack)
-    : op_(op), signature_(signature), stack_(stack), first_argument_(stack->size() - signature.arguments.size()) {}
+    : op_(op),
+      signature_(signature),
+      stack_(stack),
+      first_argument_(stack->size() - signature.arguments.size()) {}
 
 void HostCall::Run() {
   FindDevice();
@@ -90,8 +93,9 @@ void HostCall::FindDevice(const at::Tensor& tensor) {
     return;
   }
   if (!device_.has_index()) device_ = tensor.device();
-  TORCH_CHECK(tensor.device() == device_, "Expected all tensors to be on the same device, but found at least two devices, ",
-              device_, " and ", tensor.device(), "! (when checking arguments of ", op_.operator_name(), ")");
+  TORCH_CHECK(tensor.device() == device_,
+              "Expected all tensors to be on the same device, but found at least two devices, ", device_,
+              " and ", tensor.device(), "! (when checking arguments of ", op_.operator_name(), ")");
 }
 
 c10::IValue HostCall::ToHost(const c10::IValue& value, const Signature::Argument& argument) {
@@ -130,9 +134,10 @@ at::Tensor HostCall::ToHost(const at::Tensor& tensor, bool written) {
     seen.written = seen.written || written;
     return seen.host;
   }
-  at::Tensor host = at::detail::make_tensor<c10::TensorImpl>(HostStorage(tensor),
-                                                             c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
-  host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  at::Tensor host = at::detail::make_tensor<c10::TensorImpl>(
+      HostStorage(tensor), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(),
+                                                    tensor.storage_offset());
   if (tensor.is_conj()) host._set_conj(true);
   if (tensor.is_neg()) host._set_neg(true);
   seen_.push_back({tensor, host, written});
@@ -151,7 +156,8 @@ c10::Storage HostCall::HostStorage(const at::Tensor& tensor) const {
 
 void HostCall::WriteBack(const Seen& seen) {
   const bool moved = seen.host.storage().data() != seen.device.storage().data();
-  if (!moved && seen.host.sizes() == seen.device.sizes() && seen.host.strides() == seen.device.strides()) return;
+  if (!moved && seen.host.sizes() == seen.device.sizes() && seen.host.strides() == seen.device.strides())
+    return;
   seen.device.resize_(seen.host.sizes());
   if (seen.device.strides() != seen.host.strides()) {
     seen.device.unsafeGetTensorImpl()->set_sizes_and_strides(seen.host.sizes(), seen.host.strides());

@@ -35,7 +35,8 @@ std::optional<size_t> ReturnedArgument(const c10::FunctionSchema& schema, const 
   if (!IsWritten(result)) return std::nullopt;
   const std::vector<c10::Argument>& arguments = schema.arguments();
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (IsWritten(arguments[i]) && arguments[i].alias_info()->beforeSets() == result.alias_info()->beforeSets()) {
+    if (IsWritten(arguments[i]) &&
+        arguments[i].alias_info()->beforeSets() == result.alias_info()->beforeSets()) {
       return i;
     }
   }
@@ -57,7 +58,8 @@ bool TakesHostTensors(const std::string& name) {
 
 }  // namespace
 
-Signature::Signature(const c10::FunctionSchema& schema) : takes_host_tensors(TakesHostTensors(schema.name())) {
+Signature::Signature(const c10::FunctionSchema& schema)
+    : takes_host_tensors(TakesHostTensors(schema.name())) {
   for (const c10::Argument& argument : schema.arguments()) {
     arguments.push_back({PassingOf(argument), IsWritten(argument)});
   }

@@ -28,7 +28,8 @@ struct Signature {
   };
 
   std::vector<Argument> arguments;
-  /// For each return, the argument that is handed back: the caller's own tensor of an in-place or out= operator.
+  /// For each return, the argument that is handed back: the caller's own tensor of an in-place or out=
+  /// operator.
   std::vector<std::optional<size_t>> returned_argument;
   /// Indices may be on the CPU while the rest is on the NPU; elsewhere that is a user's mistake.
   bool takes_host_tensors;

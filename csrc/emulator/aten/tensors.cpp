@@ -34,7 +34,8 @@ at::Tensor OnHost(const at::Tensor& tensor) {
   c10::Storage storage(c10::Storage::use_byte_size_t(), memory->nbytes(), std::move(address));
   at::Tensor host = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
-  host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(),
+                                                    tensor.storage_offset());
   if (tensor.is_conj()) host._set_conj(true);
   if (tensor.is_neg()) host._set_neg(true);
   return host;

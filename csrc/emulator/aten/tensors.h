@@ -30,23 +30,24 @@ inline bool IsOnDevice(const at::Tensor& tensor) {
   return tensor.defined() && tensor.device().type() == c10::DeviceType::PrivateUse1;
 }
 
-/// The memory of an NPU tensor as a CPU tensor: same address, sizes, strides, offset and dtype; nothing is copied
-/// and no stream is waited for. The result keeps the memory alive. It cannot be resized. A tensor that is not on
-/// the device, or is undefined, is returned as it is.
+/// The memory of an NPU tensor as a CPU tensor: same address, sizes, strides, offset and dtype; nothing is
+/// copied and no stream is waited for. The result keeps the memory alive. It cannot be resized. A tensor that
+/// is not on the device, or is undefined, is returned as it is.
 at::Tensor OnHost(const at::Tensor& tensor);
 
 /// OnHost for an optional tensor; nullopt and undefined become nullopt.
 std::optional<at::Tensor> OnHost(const std::optional<at::Tensor>& tensor);
 
-/// An NPU tensor on the current device, contiguous, from torch_npu's caching allocator; its content is undefined.
-/// Raises torch's out-of-memory error when the device's budget is spent.
+/// An NPU tensor on the current device, contiguous, from torch_npu's caching allocator; its content is
+/// undefined. Raises torch's out-of-memory error when the device's budget is spent.
 at::Tensor EmptyOnDevice(c10::IntArrayRef sizes, c10::ScalarType dtype);
 
 /// An NPU tensor on the current device with the content of a CPU tensor of any strides.
 /// Strides are kept where the tensor is dense, otherwise the result is contiguous.
 at::Tensor ToDevice(const at::Tensor& host);
 
-/// Calls `visit(const at::Tensor&)` for each tensor in an operator's argument: a tensor, an optional one or a list.
+/// Calls `visit(const at::Tensor&)` for each tensor in an operator's argument: a tensor, an optional one or a
+/// list.
 template <typename Visit>
 void ForEachTensor(const c10::IValue& value, Visit visit) {
   if (value.isTensor()) {
@@ -60,12 +61,12 @@ void ForEachTensor(const c10::IValue& value, Visit visit) {
   }
 }
 
-/// Wait until the current stream of the current device has nothing left to do, torch_npu's task queue included.
-/// Raises what torch_npu raises if a task on the stream failed.
+/// Wait until the current stream of the current device has nothing left to do, torch_npu's task queue
+/// included. Raises what torch_npu raises if a task on the stream failed.
 void WaitForCurrentStream();
 
-/// While it lives: `device` is the current device, calls of ATen skip autograd, and what was on the device's current
-/// stream at construction is done.
+/// While it lives: `device` is the current device, calls of ATen skip autograd, and what was on the device's
+/// current stream at construction is done.
 class HostScope {
  public:
   explicit HostScope(c10::Device device) : guard_(device) { WaitForCurrentStream(); }
