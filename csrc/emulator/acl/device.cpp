@@ -66,6 +66,7 @@ int64_t Attribute(const Device& device, aclrtDevAttr attribute) {
 
 extern "C" {
 
+// What ASCEND_RT_VISIBLE_DEVICES leaves of ASCEND_EMULATOR_DEVICES.
 aclError aclrtGetDeviceCount(uint32_t* count) {
   return Guarded([&] {
     RequireNonNull("aclrtGetDeviceCount", count);
@@ -127,6 +128,7 @@ const char* aclrtGetSocName() {
   }
 }
 
+// Sizes of an Ascend 910B, the memory budget, the physical number; other attributes are refused.
 aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr attribute, int64_t* value) {
   return Guarded([&] {
     RequireNonNull("aclrtGetDeviceInfo", value);
@@ -134,6 +136,7 @@ aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr attribute, int64_t* va
   });
 }
 
+// Sizes of an Ascend 910B, whatever the chip is called.
 aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo info, int64_t* value) {
   return Guarded([&] {
     RequireNonNull("aclGetDeviceCapability", value);

@@ -47,6 +47,7 @@ aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) {
   return CreateEvent("aclrtCreateEventWithFlag", event, flag);
 }
 
+// Events across processes and for captured graphs are refused, here and above.
 aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flag) {
   return CreateEvent("aclrtCreateEventExWithFlag", event, flag);
 }
@@ -59,6 +60,7 @@ aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
   return Guarded([&] { Event::From(event).Record(Stream::From(stream)); });
 }
 
+// At once: what already waits for the event is bound to its record.
 aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
   return Guarded([&] {
     Stream::From(stream);
@@ -66,6 +68,7 @@ aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
   });
 }
 
+// Binds to the latest record; an event that was never recorded holds nothing back.
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
   return Guarded([&] { Event::From(event).Wait(Stream::From(stream)); });
 }

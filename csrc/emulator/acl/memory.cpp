@@ -83,6 +83,7 @@ void CheckFill(void* start, std::size_t capacity_bytes, std::size_t bytes) {
 
 extern "C" {
 
+// From the device's budget, filled with 0xFF. Policies about page sizes change nothing.
 aclError aclrtMalloc(void** start, size_t bytes, aclrtMemMallocPolicy) {
   return Guarded([&] {
     RequireNonNull("aclrtMalloc", start);
@@ -119,6 +120,7 @@ aclError aclrtFreeHost(void* start) {
   });
 }
 
+// At once, in the calling thread: waits for no stream.
 aclError aclrtMemcpy(void* to, size_t to_bytes, const void* from, size_t bytes, aclrtMemcpyKind kind) {
   return Guarded([&] {
     Device::RefuseAfterFork();

@@ -20,8 +20,10 @@ int32_t NotProfiling(const char* call) {
 
 extern "C" {
 
+// Never calls back, because no profiler ever starts.
 int32_t MsprofRegisterCallback(uint32_t, ProfCommandHandle) { return 0; }
 
+// No profiler runs, so there is nobody to report to: ACL_ERROR_PROF_NOT_RUN, as for the two below.
 int32_t MsprofReportApi(uint32_t, const MsprofApi*) { return NotProfiling("MsprofReportApi"); }
 
 int32_t MsprofReportCompactInfo(uint32_t, const VOID_PTR, uint32_t) {

@@ -36,6 +36,7 @@ aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t fla
   return aclrtCreateStream(stream);
 }
 
+// Waits for the work of the stream first.
 aclError aclrtDestroyStream(aclrtStream stream) {
   return Guarded([&] {
     RequireNonNull("aclrtDestroyStream", stream);
@@ -43,6 +44,7 @@ aclError aclrtDestroyStream(aclrtStream stream) {
   });
 }
 
+// Drops what has not begun; what runs, ends.
 aclError aclrtDestroyStreamForce(aclrtStream stream) {
   return Guarded([&] {
     RequireNonNull("aclrtDestroyStreamForce", stream);

@@ -52,6 +52,8 @@ void LoadKernels() {
 
 extern "C" {
 
+// Loads the operators into a process that has torch_npu. The configuration file sets only dumps and
+// profiling.
 aclError aclInit(const char*) {
   std::lock_guard lock(init_mutex);
   if (initialized) return Report(ACL_ERROR_REPEAT_INITIALIZE, "aclInit was called twice");
@@ -72,6 +74,7 @@ aclError aclFinalize() {
   return ACL_SUCCESS;
 }
 
+// 8.5.0 for every package.
 aclError aclsysGetCANNVersion(aclCANNPackageName, aclCANNPackageVersion* version) {
   return Guarded([&] {
     RequireNonNull("aclsysGetCANNVersion", version);
@@ -90,6 +93,7 @@ aclError aclsysGetVersionStr(char*, char* version) {
   });
 }
 
+// Prints errors on standard error and drops the rest.
 void aclAppLog(aclLogLevel level, const char* function, const char* file, uint32_t line, const char* format,
                ...) {
   if (level < ACL_ERROR) return;

@@ -24,6 +24,7 @@ std::map<aclCompileOpt, std::string>& Options() {
 
 extern "C" {
 
+// Kept to be read back; there is no compiler that it could change.
 aclError aclSetCompileopt(aclCompileOpt option, const char* value) {
   if (value == nullptr) return ACL_ERROR_INVALID_PARAM;
   std::lock_guard lock(options_mutex);
