@@ -3,7 +3,9 @@
 vLLM's batches are, and the same without paging."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,12 @@ from device.attention_formula import (
     paged,
 )
 from device.operator_support import CACHE_DTYPES, assert_near, random
+
+
+Visible = Callable[[int, int], torch.Tensor]
+"""Makes the mask of a sequence from its numbers of rows and keys."""
+
+Results = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,8 @@ def batch(query_lengths: list[int], kv_lengths: list[int], heads: Heads, dtype: 
     )
 
 
-def expected(sequences: Batch, visible, scale: float, sinks=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out [T, N, Dv] and lse [T, N, 1]; `visible(rows, keys)` makes the mask of a sequence."""
+def expected(sequences: Batch, visible: Visible, scale: float, sinks: torch.Tensor | None = None) -> Results:
+    """Out [T, N, Dv] and lse [T, N, 1]."""
     results = [
         attend(q, k, v, visible(len(q), len(k)), scale, sinks)
         for q, k, v in zip(sequences.queries, sequences.keys, sequences.values, strict=True)
@@ -66,7 +74,7 @@ def expected(sequences: Batch, visible, scale: float, sinks=None) -> tuple[torch
     return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results]).unsqueeze(-1)
 
 
-def score(sequences: Batch, cache: Paged, heads: Heads, scale: float, **changes):
+def score(sequences: Batch, cache: Paged, heads: Heads, scale: float, **changes: Any) -> Results:
     """The call that a vLLM batch makes: packed tokens, flat cache, lse."""
     arguments = {
         "block_table": cache.block_table.to("npu"),
@@ -255,7 +263,7 @@ def test_forms_of_the_cache(form: str) -> None:
 
 
 @pytest.mark.parametrize(("sparse_mode", "visible"), [(0, everything), (3, causal)])
-def test_packed_keys_without_a_cache(sparse_mode: int, visible) -> None:
+def test_packed_keys_without_a_cache(sparse_mode: int, visible: Visible) -> None:
     """Lengths of keys are cumulative here, unlike with a block table."""
     sequences = batch([3, 1, 6], [3, 9, 8], Heads(4, 2, 32, 16), torch.bfloat16)
     out, lse = torch_npu.npu_fused_infer_attention_score(

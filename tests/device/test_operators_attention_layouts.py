@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """npu_fused_infer_attention_score with a batch dimension: layouts, full masks, and one query token."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch_npu
@@ -26,7 +29,12 @@ def inputs(rows: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
-def expected(query, keys, values, visible) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    visible: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [B, S, N, D] and lse [B, N, S, 1]; `visible` has a mask for each sequence."""
     results = [
         attend(q, k, v, seen, SCALE) for q, k, v, seen in zip(query, keys, values, visible, strict=True)
@@ -34,7 +42,9 @@ def expected(query, keys, values, visible) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([out for out, _ in results]), torch.stack([lse.T.unsqueeze(-1) for _, lse in results])
 
 
-def score(query, key, value, layout: str, **options):
+def score(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: str, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch_npu.npu_fused_infer_attention_score(
         query,
         key,
@@ -65,7 +75,9 @@ def score(query, key, value, layout: str, **options):
         pytest.param(3, causal, id="mode 3, causal from the bottom right"),
     ],
 )
-def test_layouts(layout: str, given: str, returned: str, sparse_mode: int, visible) -> None:
+def test_layouts(
+    layout: str, given: str, returned: str, sparse_mode: int, visible: Callable[[int, int], torch.Tensor]
+) -> None:
     query, keys, values = inputs(5, 7)
     out, lse = score(
         *(to_layout(t, given) for t in (query, keys, values)),

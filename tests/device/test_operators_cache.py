@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens into a paged cache and out of it: _npu_reshape_and_cache(_siso) and npu_paged_cache_load."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch_npu
@@ -8,6 +11,7 @@ from device.operator_support import CACHE_DTYPES, emulator_only, int32, random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+Changes = Callable[[], dict[str, Any]]
 BLOCK_SIZE, HEADS, SIZE = 16, 2, 16
 
 
@@ -87,15 +91,18 @@ def test_store_puts_rows_at_their_slots_and_skips_negative_ones() -> None:
         random(4, HEADS, SIZE, dtype=torch.float16),
         random(4, HEADS, 32, dtype=torch.float16, seed=1),
     )
-    key_cache = torch.zeros(3, BLOCK_SIZE, HEADS, SIZE, dtype=torch.float16, device="npu")
-    value_cache = torch.zeros(3, BLOCK_SIZE, HEADS, 32, dtype=torch.float16, device="npu")
+    # A block in front of each cache, where a negative slot would land.
+    key_blocks = torch.zeros(4, BLOCK_SIZE, HEADS, SIZE, dtype=torch.float16, device="npu")
+    value_blocks = torch.zeros(4, BLOCK_SIZE, HEADS, 32, dtype=torch.float16, device="npu")
     slots = int32([0, -1, 17, 47])
-    returned = torch_npu._npu_reshape_and_cache(key.to("npu"), value.to("npu"), key_cache, value_cache, slots)
+    returned = torch_npu._npu_reshape_and_cache(
+        key.to("npu"), value.to("npu"), key_blocks[1:], value_blocks[1:], slots
+    )
     assert returned is None
-    for cache, rows in ((key_cache.cpu(), key), (value_cache.cpu(), value)):
-        expected = torch.zeros_like(cache)
-        expected[0, 0], expected[1, 1], expected[2, 15] = rows[0], rows[2], rows[3]
-        assert cache.equal(expected)
+    for blocks, rows in ((key_blocks.cpu(), key), (value_blocks.cpu(), value)):
+        expected = torch.zeros_like(blocks)
+        expected[1, 0], expected[2, 1], expected[3, 15] = rows[0], rows[2], rows[3]
+        assert blocks.equal(expected)
 
 
 def test_store_one_cache() -> None:
@@ -295,7 +302,7 @@ def test_the_unchanged_calls_are_accepted() -> None:
         ),
     ],
 )
-def test_load_refuses(changes, message: str) -> None:
+def test_load_refuses(changes: Changes, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"npu_paged_cache_load: .*{message}"):
         load(**changes())
 
@@ -341,6 +348,6 @@ def test_load_refuses(changes, message: str) -> None:
         ),
     ],
 )
-def test_store_refuses(changes, message: str) -> None:
+def test_store_refuses(changes: Changes, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"_npu_reshape_and_cache: .*{message}"):
         store(**changes())
