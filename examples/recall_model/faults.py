@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of a KV transfer, as the recall model meets them in training.
 
-A fault strikes some KV heads of some layers over one span of the prompt, often one block. What stands there instead:
+A fault strikes some KV heads of some layers over one span of the prompt, often one block. What stands there
+instead:
 
     lost     zeros
     foreign  the same place of another request, as after a late write or a wrong address
     swapped  another head of the same place, as after a wrong regroup
     stale    another place of the same request, as after a wrong block id
 
-Each strikes keys, values or both. Every example of a batch gets a fault of its own; one answer stream is one kind.
+Each strikes keys, values or both. Every example of a batch gets a fault of its own; one answer stream is one
+kind.
 """
 
 from dataclasses import dataclass
@@ -100,8 +102,10 @@ def draw_faults(prompt: Tensor, pair_positions: Tensor, num_layers: int, num_kv_
 
 
 def _one_or_more(per: tuple[int, int], count: int, *, keep_one_out: bool, device: torch.device) -> Tensor:
-    """bool [*per, count]: mostly one, sometimes a random few. One stays whole if `keep_one_out`, since what is
-    replaced altogether by another request's is consistent and cannot be noticed."""
+    """bool [*per, count]: mostly one, sometimes a random few.
+
+    One stays whole if `keep_one_out`: what is replaced altogether by another request's is consistent.
+    """
     order = torch.rand(*per, count, device=device).argsort(-1)
     most = count - 1 if keep_one_out else count
     few = torch.randint(1, most + 1, per, device=device)

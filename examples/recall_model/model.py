@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall model for training: a Llama whose prompt's KV can be tampered with before the answer is computed.
+"""The recall model for training: a Llama whose prompt's KV can be tampered with before it is read.
 
-Two streams go through the layers together. The prompt's stream is computed once, as a prefill engine
-does. Each answer stream attends to the prompt's KV as a decode engine would find it, through `tamper`. Parameters are
+Two kinds of stream go through the layers together. The prompt's is computed once, as a prefill engine does.
+Each answer stream attends to the prompt's KV as a decode engine would find it, through `tamper`. Parameters are
 named as in transformers' LlamaForCausalLM, so that a state dict is a checkpoint.
 """
 
@@ -84,6 +84,8 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
+    """One decoder layer but its attention, which the model computes for each kind of stream."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.input_layernorm = Norm(shape.hidden_size)
@@ -153,7 +155,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    # The query heads of a group are laid one after the other as more queries of their KV head: no copy of the KV.
+    # The query heads of a group become more queries of their KV head: the KV need not be repeated.
     streams, batch, heads, steps, _ = q.shape
     group = heads // k.shape[2]
     q = q.reshape(streams * batch, heads // group, group * steps, -1)

@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass
 
 NUM_SYMBOLS = 1024
-MIN_PROMPT_TOKENS = 5
+MIN_PROMPT_TOKENS = 9
 MAX_PROMPT_TOKENS = 512
 
 
@@ -26,7 +26,7 @@ class Question:
     """A prompt and what the model must say.
 
     prompt: text for the completions API, `num_prompt_tokens` words.
-    answer: text of `num_answer_tokens` words; compare after `split()`, since servers differ in leading spaces.
+    answer: text of `num_answer_tokens` words; compare with `accepts`, since servers differ in leading spaces.
     pair_positions: for each answer token, the position in the prompt of the key it is looked up under;
         the value stands right after it.
     """
