@@ -22,7 +22,6 @@ from device.attention_formula import (
 )
 from device.operator_support import CACHE_DTYPES, assert_near, random
 
-
 Visible = Callable[[int, int], torch.Tensor]
 """Makes the mask of a sequence from its numbers of rows and keys."""
 
