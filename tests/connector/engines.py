@@ -97,7 +97,8 @@ def cache_config(num_kv_heads: int, tp_size: int) -> KVCacheConfig:
 class Engine:
     """One engine: a scheduler half, a worker half per rank, and each rank's KV cache."""
 
-    def __init__(self, config: VllmConfig, num_kv_heads: int) -> None:
+    def __init__(self, config: VllmConfig, num_kv_heads: int, pages_per_block: int = 1) -> None:
+        """`pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler."""
         self.tp_size = config.parallel_config.tensor_parallel_size
         self.caches = cache_config(num_kv_heads, self.tp_size)
         heads = self.caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads
@@ -108,15 +109,9 @@ class Engine:
         self.tensors = []
         for rank in range(self.tp_size):
             worker = self._connector(_at_rank(config, rank), KVConnectorRole.WORKER)
-            tensor = torch.zeros(
-                LAYERS,
-                NUM_BLOCKS,
-                heads,
-                BLOCK_SIZE,
-                2 * HEAD_SIZE,
-                dtype=torch.bfloat16,
-                device=device(rank),
-            )
+            kernel_blocks, kernel_block_size = NUM_BLOCKS * pages_per_block, BLOCK_SIZE // pages_per_block
+            shape = (LAYERS, kernel_blocks, heads, kernel_block_size, 2 * HEAD_SIZE)
+            tensor = torch.zeros(shape, dtype=torch.bfloat16, device=device(rank))
             with torch.npu.device(device(rank)):
                 worker.register_kv_caches(dict(zip(self.layers, tensor, strict=True)))
             self.workers.append(worker)

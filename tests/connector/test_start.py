@@ -145,17 +145,9 @@ def test_a_peer_that_was_restarted_is_not_mistaken_for_its_predecessor(model, ca
             assert not output.failed_recving
 
 
-@pytest.mark.parametrize(
-    ("library", "sentence"),
-    [
-        pytest.param(
-            "libibverbs.so.1", "apt-get install libibverbs1", id="a system library that cannot be loaded"
-        )
-    ],
-)
-def test_a_missing_library_is_named_with_its_package(tmp_path, library, sentence):
+def test_a_missing_library_is_named_with_its_package(tmp_path):
     # A file that is no library stands where the loader looks first, as good as none.
-    (tmp_path / library).write_bytes(b"")
+    (tmp_path / "libibverbs.so.1").write_bytes(b"")
     path = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     start = "from vllm_ascend.kv_transfer.mooncake import MooncakeTransport as T; T('127.0.0.1', 'tcp')"
     ended = subprocess.run(

@@ -117,3 +117,19 @@ def test_bytes(pair, reference, num_tokens):
     assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_prompt_tokens, num_tokens)
     assert transfer["blocks"] == num_blocks
     assert set(transfer["sources"]) <= set(range(prefill.tp_size))
+
+
+def test_blocks_that_attention_cuts_into_smaller_ones(tmp_path):
+    model = model_folder(tmp_path, 4)
+    prefill = Engine(engine_config(model, 2, "kv_producer"), 4, pages_per_block=2)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), 4, pages_per_block=2)
+    with running(prefill, decode):
+        for rank in range(2):
+            prefill.pages(rank).random_()
+        params = prefilled(prefill, "p", 2 * BLOCK_SIZE, [5, 2])
+        admit(decode, "d", 2 * BLOCK_SIZE, [7, 8], params)
+        decode.step_until(lambda output: output.finished_recving == {"d"})
+        sources, pulled = [10, 11, 4, 5], [14, 15, 16, 17]
+        for rank in range(2):
+            own = decode.pages(0).cpu()[:, pulled, ..., 2 * rank : 2 * rank + 2, :]
+            assert torch.equal(own, prefill.pages(rank).cpu()[:, sources])

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_ascend.kv_transfer.messages import Question, Release, RemotePrefill, Renew, encode
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 _RENEWALS_PER_LEASE = 3
 _IDLE_S = 60.0
