@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NPU = torch.device("npu")
 
@@ -154,3 +156,44 @@ def test_freed_pinned_memory_is_not_reused_while_it_is_read() -> None:
 def test_overlapping_target_is_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one element"):
         torch.zeros(3, device=NPU).expand(2, 3).copy_(torch.ones(2, 3, device=NPU))
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool])
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[slice, slice, bool]:
+    """A way to see 4 by 4 elements of an 8 by 8 tensor: rows, columns, and whether they change places."""
+    return _four_of_eight(draw), _four_of_eight(draw), draw(st.booleans())
+
+
+def _four_of_eight(draw: st.DrawFn) -> slice:
+    step = draw(st.sampled_from([1, 2]))
+    start = draw(st.integers(0, 8 - (3 * step + 1)))
+    return slice(start, start + 3 * step + 1, step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    devices=st.sampled_from([("cpu", "npu"), ("npu", "cpu"), ("npu", "npu")]),
+    dtypes=st.tuples(DTYPES, DTYPES),
+    seen=st.tuples(windows(), windows()),
+    non_blocking=st.booleans(),
+)
+def test_any_window_into_any_window(devices, dtypes, seen, non_blocking: bool) -> None:
+    """A copy does what it does between two CPU tensors, and touches nothing beside its target."""
+
+    def copied(source_device: str, target_device: str) -> torch.Tensor:
+        source = torch.arange(-32, 32).view(8, 8).to(dtypes[0]).to(source_device)
+        target = torch.ones(8, 8, dtype=dtypes[1], device=target_device)
+        _through(target, seen[1]).copy_(_through(source, seen[0]), non_blocking=non_blocking)
+        torch.npu.synchronize()
+        return target.cpu()
+
+    assert torch.equal(copied(*devices), copied("cpu", "cpu"))
+
+
+def _through(whole: torch.Tensor, window: tuple[slice, slice, bool]) -> torch.Tensor:
+    rows, columns, transposed = window
+    view = whole[rows, columns]
+    return view.t() if transposed else view
