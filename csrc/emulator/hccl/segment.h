@@ -66,8 +66,8 @@ class Segment {
   static constexpr uint32_t kMaxRanks = 64;
 
   /// Joins as request.rank and returns when all ranks have joined. Throws Error: HCCL_E_PARA for an
-  /// invitation, size or rank that does not fit what the others said; HCCL_E_TIMEOUT naming the ranks that
-  /// did not come; HCCL_E_REMOTE for a rank that ended meanwhile.
+  /// invitation, size or rank that does not fit what the others said; HCCL_E_TIMEOUT naming a rank that
+  /// did not come in time; HCCL_E_REMOTE for a rank that ended meanwhile.
   static std::unique_ptr<Segment> Join(const Invitation& invitation, const JoinRequest& request);
 
   /// Tells the others that this rank has left, unless it told them that it failed.
