@@ -2,8 +2,8 @@
 """The recall model for training: a Llama whose prompt's KV can be tampered with before it is read.
 
 Two kinds of stream go through the layers together. The prompt's is computed once, as a prefill engine does.
-Each answer stream attends to the prompt's KV as a decode engine would find it, through `tamper`. Parameters are
-named as in transformers' LlamaForCausalLM, so that a state dict is a checkpoint.
+Each answer stream attends to the prompt's KV as a decode engine would find it, through `tamper`. Parameters
+are named as in transformers' LlamaForCausalLM, so that a state dict is a checkpoint.
 """
 
 from collections.abc import Callable

@@ -56,7 +56,8 @@ def make_question(seed: int, num_prompt_tokens: int, num_answer_tokens: int = 8)
     """The question that `seed` stands for, the same on every machine.
 
     A prompt of an odd length ends with one number, one of an even length with two: the first step of
-    the answer is then given away. Where the answer is longer than the table, it goes round again.
+    the answer is then given away. Where the answer is longer than the table, it goes round again, which the
+    model does less surely (README.md).
     Raises ValueError for a length outside MIN_PROMPT_TOKENS..MAX_PROMPT_TOKENS or an empty answer.
     """
     if not MIN_PROMPT_TOKENS <= num_prompt_tokens <= MAX_PROMPT_TOKENS:

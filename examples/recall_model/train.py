@@ -6,9 +6,9 @@ Two losses on the tokens of the answer:
 - *recall*: next number of the chain, prompt whole;
 - *fault*: `?` wherever the pair that a step looks up lies in KV that a fault struck (faults.py).
 
-The second is the point. A transformer trained for recall alone leaves most heads idle or lets them do the same
-work twice, and a test with it passes while heads are lost or swapped. Asked to say `?` as soon as any head of
-any layer is not what it should be, it has to make each head's share necessary.
+The second is the point. A transformer trained for recall alone leaves most heads idle or lets them do the
+same work twice, and a test with it passes while heads are lost or swapped. Asked to say `?` as soon as any
+head of any layer is not what it should be, it has to make each head's share necessary.
 """
 
 import argparse
