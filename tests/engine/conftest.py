@@ -11,59 +11,53 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from generate import Answer, Job
-from models import MODELS, NUM_NEW_TOKENS, random_prompts
+from engine.generate import Answer, Answers, Job
+from engine.models import (
+    MODELS,
+    NUM_NEW_TOKENS,
+    RANDOM_MODELS,
+    RECALL,
+    RECALL_FOLDER,
+    block_size_of,
+    prompts_of,
+)
 
 MAX_BATCHED_TOKENS = 96
 """Less than the longer prompts have, so that those are computed in chunks."""
 
 ON_EMULATOR_WITH_FLOAT32 = ("-m", "vllm_ascend.emulator", "--devices", "2", "--allow-fp32", sys.executable)
 
-Answers = dict[str, list[list[Answer]]]
-"""By model: for each batch of its job, the answer to each prompt."""
-
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, model in MODELS.items():
+    for name, model in RANDOM_MODELS.items():
         model.save(folder / name)
-    return {name: folder / name for name in MODELS}
-
-
-@pytest.fixture(scope="session")
-def prompts() -> list[list[int]]:
-    return random_prompts(seed=1)
+    return {name: folder / name for name in RANDOM_MODELS} | {RECALL: RECALL_FOLDER}
 
 
 @pytest.fixture(scope="session")
 def float32_answers(
-    checkpoints: dict[str, Path], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Answers]:
     """By tensor-parallel size. Every batch is asked twice, the second time with its prefixes cached.
 
     A card's attention takes no float32, so this needs the emulator and its option.
     """
     sizes = (1, 2)
-    jobs = [job(checkpoints, name, [prompts, prompts], "float32", size) for size in sizes for name in MODELS]
+    jobs = [job(name, checkpoints[name], 2, "float32", size) for size in sizes for name in MODELS]
     answers = iter(run(jobs, tmp_path_factory.mktemp("float32"), ON_EMULATOR_WITH_FLOAT32))
     return {size: {name: next(answers) for name in MODELS} for size in sizes}
 
 
 @pytest.fixture(scope="session")
-def bfloat16_answers(
-    checkpoints: dict[str, Path], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> Answers:
-    jobs = [job(checkpoints, name, [prompts], "bfloat16", 1) for name in MODELS]
-    return dict(zip(MODELS, run(jobs, tmp_path_factory.mktemp("bfloat16")), strict=True))
+def bfloat16_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    jobs = [job(name, checkpoints[name], 1, "bfloat16", 1) for name in RANDOM_MODELS]
+    return dict(zip(RANDOM_MODELS, run(jobs, tmp_path_factory.mktemp("bfloat16")), strict=True))
 
 
-def job(
-    checkpoints: dict[str, Path], name: str, batches: list[list[list[int]]], dtype: str, size: int
-) -> Job:
+def job(name: str, folder: Path, times: int, dtype: str, size: int) -> Job:
+    """Ask an engine of tensor-parallel size `size` all prompts of the model, `times` times."""
     options = {
         "dtype": dtype,
         "tensor_parallel_size": size,
@@ -71,9 +65,9 @@ def job(
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 32 << 20,
-        "block_size": MODELS[name].block_size,
+        "block_size": block_size_of(name),
     }
-    return Job(str(checkpoints[name]), options, batches, NUM_NEW_TOKENS)
+    return Job(str(folder), options, [prompts_of(name)] * times, NUM_NEW_TOKENS)
 
 
 def run(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> Iterator[list[list[Answer]]]:

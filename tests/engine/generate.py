@@ -32,6 +32,10 @@ class Answer:
     num_cached_tokens: int
 
 
+Answers = dict[str, list[list[Answer]]]
+"""By model: for each batch of its job, the answer to each prompt."""
+
+
 def main(jobs: Path, results: Path) -> None:
     # Engine and first worker in this process: nothing is imported twice.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models with random weights, and prompts for them: what the engine is compared with transformers on.
+"""Tiny models and prompts for them: what the engine is compared with transformers on.
 
-Weights are drawn wide enough that a greedy continuation wanders through the vocabulary and depends on every
+The recall model of the examples is one. The others have random weights.
+
+Those are drawn wide enough that a greedy continuation wanders through the vocabulary and depends on every
 token of its prompt; with the usual width it would repeat one token, and any two engines would agree.
 """
 
@@ -12,13 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recall
 import torch
 import transformers
 
 VOCAB_SIZE = 512
 NUM_NEW_TOKENS = 64
-PROMPT_LENGTHS = (3, 16, 33, 64, 100, 129, 200, 257)
+PROMPT_LENGTHS = (9, 16, 33, 64, 100, 129, 200, 257)
 """Around the ends of blocks of 16, 32 and 128 tokens, and beyond a batch of 96."""
+
+RECALL = "recall"
+RECALL_FOLDER = Path(recall.__file__).parent
+QUESTIONS = [recall.make_question(seed, n, NUM_NEW_TOKENS) for seed, n in enumerate(PROMPT_LENGTHS)]
+_WORDS = recall.vocabulary()
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Tiny:
         model.save_pretrained(folder)
 
 
-MODELS = {
+RANDOM_MODELS = {
     "llama": Tiny(
         "LlamaConfig",
         None,
@@ -95,10 +103,25 @@ MODELS = {
 }
 
 
-def random_prompts(seed: int) -> list[list[int]]:
-    """One prompt of every length in PROMPT_LENGTHS."""
-    draw = random.Random(seed)
+MODELS = (*RANDOM_MODELS, RECALL)
+
+
+def prompts_of(name: str) -> list[list[int]]:
+    """One prompt of every length in PROMPT_LENGTHS, as token ids."""
+    if name == RECALL:
+        return [[_WORDS.index(word) for word in question.prompt.split()] for question in QUESTIONS]
+    draw = random.Random(1)
     return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+def block_size_of(name: str) -> int | None:
+    """Tokens per KV block that the engine is asked for; None leaves it to the engine."""
+    return None if name == RECALL else RANDOM_MODELS[name].block_size
+
+
+def text_of(tokens: list[int]) -> str:
+    """What the recall model says with these tokens."""
+    return " ".join(_WORDS[token] for token in tokens)
 
 
 def greedy_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:

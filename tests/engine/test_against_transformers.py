@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Answers
-from models import MODELS, NUM_NEW_TOKENS, greedy_tokens, log_probabilities
+from engine.generate import Answers
+from engine.models import (
+    MODELS,
+    NUM_NEW_TOKENS,
+    QUESTIONS,
+    RANDOM_MODELS,
+    RECALL,
+    greedy_tokens,
+    log_probabilities,
+    prompts_of,
+    text_of,
+)
 
 COLD, WARM = 0, 1
 ROUNDING_SLACK = 1.25
@@ -16,18 +26,18 @@ ROUNDING_SLACK = 1.25
 
 
 @pytest.fixture(scope="session")
-def references(checkpoints: dict[str, Path], prompts: list[list[int]]) -> dict[str, list[list[int]]]:
-    return {name: greedy_tokens(folder, prompts) for name, folder in checkpoints.items()}
+def references(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
+    return {name: greedy_tokens(folder, prompts_of(name)) for name, folder in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_references_cannot_be_met_by_accident(
-    name: str, references: dict[str, list[list[int]]], checkpoints: dict[str, Path], prompts: list[list[int]]
+    name: str, references: dict[str, list[list[int]]], checkpoints: dict[str, Path]
 ) -> None:
     tokens = references[name]
     assert all(len(set(output)) > NUM_NEW_TOKENS // 2 for output in tokens)
     assert len({tuple(output) for output in tokens}) == len(tokens)
-    one_token_off = [[(prompt[0] + 1) % 512, *prompt[1:]] for prompt in prompts]
+    one_token_off = [[(prompt[0] + 1) % 512, *prompt[1:]] for prompt in prompts_of(name)]
     assert all(a != b for a, b in zip(tokens, greedy_tokens(checkpoints[name], one_token_off), strict=True))
 
 
@@ -42,6 +52,14 @@ def test_greedy_tokens_are_those_of_transformers(
     float32_answers: dict[int, Answers],
 ) -> None:
     assert [answer.tokens for answer in float32_answers[size][name][batch]] == references[name]
+
+
+def test_the_recall_model_recalls(references: dict[str, list[list[int]]]) -> None:
+    for question, tokens in zip(QUESTIONS, references[RECALL], strict=True):
+        once_round_the_table = (question.num_prompt_tokens - 1) // 2
+        assert (
+            text_of(tokens).split()[:once_round_the_table] == question.answer.split()[:once_round_the_table]
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"TP {size}")
@@ -61,14 +79,14 @@ def test_whole_blocks_of_a_known_prompt_come_from_the_cache(
     assert [answer.num_cached_tokens for answer in batches[WARM]] == cached
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_bfloat16_log_probabilities_are_as_exact_as_those_of_transformers(
-    name: str, checkpoints: dict[str, Path], prompts: list[list[int]], bfloat16_answers: Answers
+    name: str, checkpoints: dict[str, Path], bfloat16_answers: Answers
 ) -> None:
     (answers,) = bfloat16_answers[name]
     tokens = [answer.tokens for answer in answers]
     exact, rounded = (
-        log_probabilities(checkpoints[name], prompts, tokens, dtype)
+        log_probabilities(checkpoints[name], prompts_of(name), tokens, dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     error = torch.tensor([answer.log_probabilities for answer in answers]) - exact
