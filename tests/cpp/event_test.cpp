@@ -17,6 +17,9 @@ using ascend_emulator::Stream;
 
 namespace {
 
+// Long enough for a stream that nothing holds back to be done.
+constexpr std::chrono::milliseconds kGrace(50);
+
 struct TwoStreams {
   Stream& first = Stream::Create(0);
   Stream& second = Stream::Create(0);
@@ -38,6 +41,7 @@ void AWaitOrdersTwoStreams() {
   event.Wait(streams.second);
   streams.second.Enqueue([&] { seen = value; });
   Expect(!event.Reached(), "the event not to be reached behind the gate");
+  Expect(!streams.second.SynchronizeFor(kGrace), "the second stream to be held back");
   gate.Open();
   streams.second.Synchronize();
   Expect(seen == 7, "the second stream to see what the first wrote before the event");
@@ -52,6 +56,7 @@ void AWaitIsForTheLatestRecordAtThatTime() {
   streams.first.Enqueue(first_gate.Task());
   event.Record(streams.first);
   event.Wait(streams.second);
+  Expect(!streams.second.SynchronizeFor(kGrace), "the second stream to wait for the first record");
   streams.first.Enqueue(second_gate.Task());
   event.Record(streams.first);
   first_gate.Open();
@@ -85,7 +90,7 @@ void ADestroyedEventStillHoldsBackWhoWaits() {
   void* handle = event.handle();
   Event::Destroy(handle);
   ExpectFault(Fault::kInvalidHandle, "the handle to be dead", [&] { Event::From(handle); });
-  Expect(!ran, "the second stream still to be held back");
+  Expect(!streams.second.SynchronizeFor(kGrace) && !ran, "the second stream still to be held back");
   gate.Open();
   streams.second.Synchronize();
   Expect(ran, "the second stream to go on after the gate opened");
