@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from connector.engines import Engine, admit, cache_config, engine_config, model_folder, prefilled, running
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from vllm_ascend.errors import ConfigError
@@ -81,6 +82,14 @@ def test_a_port_given_as_text_and_an_own_engine_id_work_and_the_port_is_free_aft
             assert params["remote_port"] == port
             assert params["remote_engine_id"].startswith("0-")
             assert params["tp_size"] == 1
+
+
+@pytest.mark.parametrize("name", ["MooncakeConnectorV1", "MooncakeConnector"])
+def test_the_module_path_of_existing_deployments_leads_here(model, name):
+    config = engine_config(model, 1, "kv_consumer")
+    config.kv_transfer_config.kv_connector = name
+    config.kv_transfer_config.kv_connector_module_path = "vllm_ascend.distributed.mooncake_connector"
+    assert KVConnectorFactory.get_connector_class(config.kv_transfer_config) is MooncakeConnector
 
 
 def test_an_engine_that_is_both_reads_from_itself(model):

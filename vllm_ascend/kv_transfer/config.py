@@ -26,6 +26,7 @@ class Sizes:
 
     tp_size: int | None = None
     dp_size: int | None = None
+    pp_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def check_sizes(said: Sizes, found: Sizes, side: str) -> str | None:
     for name, said_size, found_size in (
         ("tp_size", said.tp_size, found.tp_size),
         ("dp_size", said.dp_size, found.dp_size),
+        ("pp_size", said.pp_size, found.pp_size),
     ):
         if said_size is not None and said_size != found_size:
             return (
@@ -153,7 +155,7 @@ def _thread_count(key: str, value: Any) -> int:
 
 
 def _sizes(key: str, value: Any) -> Sizes:
-    if not isinstance(value, Mapping) or not set(value) <= {"tp_size", "dp_size"}:
+    if not isinstance(value, Mapping) or not set(value) <= {"tp_size", "dp_size", "pp_size"}:
         raise ConfigError(f'{key} must be like {{"tp_size": 2, "dp_size": 1}}, got {value!r}')
     for name, size in value.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

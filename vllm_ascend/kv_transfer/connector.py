@@ -280,6 +280,10 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             case _:
                 return
         parallel = self._vllm_config.parallel_config
-        found = Sizes(tp_size=parallel.tensor_parallel_size, dp_size=parallel.data_parallel_size)
+        found = Sizes(
+            tp_size=parallel.tensor_parallel_size,
+            dp_size=parallel.data_parallel_size,
+            pp_size=parallel.pipeline_parallel_size,
+        )
         if complaint := check_sizes(configured, found, side):
             raise ConfigError(complaint)

@@ -41,7 +41,8 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
     not fit.
     """
     check_same_cache(peer.cache, local.description, peer.engine_id)
-    found = Sizes(tp_size=peer.parallel.tp_size, dp_size=peer.parallel.dp_size)
+    sizes = peer.parallel
+    found = Sizes(tp_size=sizes.tp_size, dp_size=sizes.dp_size, pp_size=sizes.pp_size)
     if complaint := check_sizes(configured, found, "prefill"):
         raise TopologyError(complaint)
     if peer.protocol != protocol:

@@ -57,25 +57,24 @@ class Regroup:
 
     def _regroup(self, local_blocks: Ints, positions: Ints) -> None:
         num_blocks, shares = positions.shape
-        block_size, heads, head_size = self._layers[0].shape[2], self._layers[0].shape[1], self._head_size
+        _, heads, block_size, content = self._layers[0].shape
+        share_heads, head_size = heads // shares, content // HALVES
         num_rows = num_blocks * shares * block_size
         table = self._int32(operator_block(positions.reshape(1, -1)))
         lengths = self._int32(np.array([num_rows]))
         slots = self._int32(_slots(local_blocks, block_size))
-        rows = self._layers[0].new_empty(HALVES, num_rows, heads // shares, head_size)
+        by_share = self._layers[0].new_empty(HALVES, num_blocks, shares, block_size, share_heads, head_size)
+        by_token = self._layers[0].new_empty(HALVES, num_blocks, block_size, shares, share_heads, head_size)
+        shares_k, shares_v = by_share.view(HALVES, num_rows, share_heads, head_size)
+        key, value = by_token.view(HALVES, num_blocks * block_size, heads, head_size)
         for layer in self._layers:
-            pieces_k, pieces_v = split_pages(layer, shares)
+            pages_k, pages_v = split_pages(layer, shares)
             torch.ops.atb.npu_paged_cache_load.out(
-                pieces_k, pieces_v, table, lengths, key=rows[0], value=rows[1]
+                pages_k, pages_v, table, lengths, key=shares_k, value=shares_v
             )
-            by_token = rows.view(HALVES, num_blocks, shares, block_size, heads // shares, head_size)
-            key, value = by_token.transpose(2, 3).reshape(HALVES, -1, heads, head_size)
+            by_token.copy_(by_share.transpose(2, 3))
             key_cache, value_cache = split_pages(layer)
             torch_npu._npu_reshape_and_cache(key, value, key_cache, value_cache, slots)
-
-    @property
-    def _head_size(self) -> int:
-        return int(self._layers[0].shape[3]) // HALVES
 
     def _int32(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(self._device)

@@ -14,8 +14,8 @@ from vllm_ascend.kv_transfer.config import Options, Sizes, check_sizes, parse_op
     [
         pytest.param({}, Options(), id="nothing said: the defaults"),
         pytest.param(
-            {"prefill": {"dp_size": 2, "tp_size": 8}, "decode": {"dp_size": 4, "tp_size": 4}},
-            Options(prefill=Sizes(tp_size=8, dp_size=2), decode=Sizes(tp_size=4, dp_size=4)),
+            {"prefill": {"dp_size": 2, "tp_size": 8}, "decode": {"dp_size": 4, "tp_size": 4, "pp_size": 1}},
+            Options(prefill=Sizes(tp_size=8, dp_size=2), decode=Sizes(tp_size=4, dp_size=4, pp_size=1)),
             id="sizes as vllm-ascend's deployments give them",
         ),
         pytest.param(
@@ -54,7 +54,7 @@ def test_accepted(extra, expected):
         pytest.param({"reader_threads": 0}, "reader_threads must be an integer from 1 to 64", id="no reader"),
         pytest.param({"host": 5}, "host must be an address", id="host as a number"),
         pytest.param({"prefill": 8}, "prefill must be like", id="sizes as a number"),
-        pytest.param({"prefill": {"pp_size": 2}}, "prefill must be like", id="a size that nobody checks"),
+        pytest.param({"prefill": {"ep_size": 2}}, "prefill must be like", id="a size that nobody checks"),
         pytest.param({"decode": {"tp_size": 0}}, r"decode\.tp_size must be a positive integer", id="size 0"),
         pytest.param(
             {"use_ascend_direct": True, "protocol": "tcp"},

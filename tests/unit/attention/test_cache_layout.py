@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where K and V of a token and head lie in a page, in bytes and elements counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_ascend.attention.cache_layout import PageLayout, operator_block, page_layout, split_pages
+
+
+def test_sizes_of_a_page():
+    page = PageLayout(block_size=4, num_heads=2, head_size=8, itemsize_bytes=2)
+    assert (page.head_bytes, page.row_bytes, page.half_bytes, page.page_bytes) == (16, 32, 128, 256)
+    assert page.with_heads(6).page_bytes == 768
+
+
+def test_offsets_of_a_heads_rows_are_k_of_each_token_then_v():
+    page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
+    assert page.row_offsets(head=1).tolist() == [8, 32, 56, 80]
+
+
+def layer(num_blocks: int = 3, heads: int = 4, block_size: int = 2, head_size: int = 5) -> torch.Tensor:
+    """A layer as vLLM shows it, every element its own position in memory."""
+    shape = (num_blocks, heads, block_size, 2 * head_size)
+    return torch.arange(num_blocks * heads * block_size * 2 * head_size, dtype=torch.int32).view(shape)
+
+
+def test_the_layout_of_a_layer():
+    assert page_layout(layer()) == PageLayout(block_size=2, num_heads=4, head_size=5, itemsize_bytes=4)
+
+
+def test_one_block_table_entry_finds_k_and_v_of_a_block():
+    kv_cache = layer()
+    key_cache, value_cache = split_pages(kv_cache)
+    assert key_cache.shape == value_cache.shape == (5, 2, 4, 5)
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    for block in range(3):
+        # A page has 80 elements: 40 of K, then 40 of V, each token after token and head after head.
+        assert key_cache[operator_block(block)].flatten().tolist() == list(range(80 * block, 80 * block + 40))
+        assert value_cache[operator_block(block)].flatten().tolist() == list(
+            range(80 * block + 40, 80 * block + 80)
+        )
+
+
+def test_both_caches_share_the_layers_memory():
+    kv_cache = layer()
+    key_cache, value_cache = split_pages(kv_cache)
+    key_cache[operator_block(2), 1, 3, 4] = -1
+    value_cache[operator_block(2), 0, 0, 0] = -2
+    assert kv_cache.flatten()[160 + 39] == -1
+    assert kv_cache.flatten()[160 + 40] == -2
+
+
+def test_shares_are_smaller_pages_in_the_same_memory():
+    key_cache, value_cache = split_pages(layer(), shares=2)
+    assert key_cache.shape == value_cache.shape == (11, 2, 2, 5)
+    # The second share of block 1: 40 elements from 120 on, 20 of K, then 20 of V.
+    assert key_cache[operator_block(3)].flatten().tolist() == list(range(120, 140))
+    assert value_cache[operator_block(3)].flatten().tolist() == list(range(140, 160))
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "message"),
+    [
+        pytest.param(torch.zeros(3, 4, 2, 5), "2 \\* head_size", id="content that is not K and V"),
+        pytest.param(torch.zeros(3, 4, 10), "2 \\* head_size", id="three dimensions"),
+        pytest.param(torch.zeros(3, 2, 4, 10).transpose(1, 2), "unset VLLM_KV", id="another layout"),
+    ],
+)
+def test_a_view_that_is_not_a_row_of_pages_is_refused(kv_cache, message):
+    with pytest.raises(ValueError, match=message):
+        split_pages(kv_cache)
