@@ -10,6 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# One build for the package and for `ctest --test-dir build`: the operators take minutes to compile.
+BUILD_DIR = ROOT / "build"
 LIBRARY_DIR = Path("vllm_ascend", "emulator", "lib")
 
 
@@ -18,16 +20,16 @@ class BuildWithCMake(build_ext):
 
     def run(self) -> None:
         options = {
-            "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+            "CMAKE_BUILD_TYPE": "Release",
             # Named each time: an isolated build's ninja and Python are gone when the next reads the cache.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python3_EXECUTABLE": sys.executable,
             "ASCEND_EMULATOR_OUTPUT_DIR": self._output_dir(),
-            "VLLM_ASCEND_CPP_TESTS": "OFF",
+            "VLLM_ASCEND_CPP_TESTS": "ON" if self._in_tree else "OFF",
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-S", ROOT, "-B", self.build_temp, "-G", "Ninja", *definitions], check=True)
-        subprocess.run(["cmake", "--build", self.build_temp], check=True)
+        subprocess.run(["cmake", "-S", ROOT, "-B", BUILD_DIR, "-G", "Ninja", *definitions], check=True)
+        subprocess.run(["cmake", "--build", BUILD_DIR], check=True)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in sorted(self._output_dir().glob("*.so"))]
@@ -35,9 +37,12 @@ class BuildWithCMake(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
+    @property
+    def _in_tree(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
+
     def _output_dir(self) -> Path:
-        in_tree = self.inplace or self.editable_mode
-        return (ROOT if in_tree else Path(self.build_lib).resolve()) / LIBRARY_DIR
+        return (ROOT if self._in_tree else Path(self.build_lib).resolve()) / LIBRARY_DIR
 
 
 # The extension has no sources of its own; it makes the wheel one for this platform.

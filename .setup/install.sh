@@ -64,7 +64,8 @@ python_packages() {
   VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
     "${pip[@]}" --no-build-isolation --no-binary vllm $(pins dependencies vllm)
   say "vllm-ascend, with the emulated Ascend device"
-  "${pip[@]}" --no-build-isolation --no-deps --editable .
+  PATH="$PWD/.venv/bin:$PATH" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+    "${pip[@]}" --no-build-isolation --no-deps --editable .
   echo "$wanted" > "$stamp"
 }
 
@@ -73,7 +74,7 @@ pins() { .venv/bin/python .setup/pins.py "$@"; }
 # Sources of csrc may have changed since the package was installed; ninja knows which.
 native_libraries() {
   say "csrc"
-  .venv/bin/python setup.py --quiet build_ext --inplace
+  PATH="$PWD/.venv/bin:$PATH" cmake --build build
 }
 
 system_packages

@@ -13,4 +13,4 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 say "csrc/emulator/runtime, without Python"
 ctest --test-dir build --output-on-failure --no-tests=error
 say "tests on emulated devices"
-exec python -m vllm_ascend.emulator pytest --durations=15 "$@"
+exec python -m vllm_ascend.emulator --devices 8 --memory 1GiB python -m pytest --durations=20 "$@"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real `vllm serve` processes on emulated devices, the real router, the recall model; one start, many tests."""
+"""`vllm serve` processes on emulated devices, the real router, the recall model: one start, many tests."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrows of docs/architecture.md, held against the code: an import that is not here is forbidden."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vllm_ascend"
+
+# What a module may import of this package, at import time or inside a function. A folder stands for its modules.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "envs": {"errors"},
+    "compat": {"errors", "envs"},
+    "platform": {"errors", "envs", "compat", "worker.kernels", "ops", "kv_transfer.config"},
+    "worker": {"errors", "envs", "compat", "worker", "attention", "ops", "distributed"},
+    "attention": {"errors", "envs", "attention"},
+    "ops": {"errors", "envs", "ops"},
+    "distributed": {"errors", "envs"},
+    "distributed.mooncake_connector": {"kv_transfer.connector"},
+    "emulator": set(),
+    "kv_transfer.connector": {
+        *("errors", "envs", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages"),
+        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.worker"),
+    },
+    "kv_transfer.scheduler": {
+        *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
+        *("kv_transfer.keeper", "kv_transfer.lease", "kv_transfer.messages", "kv_transfer.metrics"),
+        "kv_transfer.topology",
+    },
+    "kv_transfer.worker": {
+        *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
+        *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
+        *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.transport"),
+    },
+    "kv_transfer.local": {
+        *("errors", "attention.cache_layout", "kv_transfer.messages", "kv_transfer.plan"),
+        *("kv_transfer.topology", "kv_transfer.transport"),
+    },
+    "kv_transfer.pairing": {
+        *("errors", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages", "kv_transfer.plan"),
+        *("kv_transfer.topology", "kv_transfer.transport"),
+    },
+    "kv_transfer.keeper": {"errors", "kv_transfer.messages"},
+    "kv_transfer.handshake": {"errors", "envs", "kv_transfer.messages"},
+    "kv_transfer.reader": {"errors", "envs", "kv_transfer.regroup", "kv_transfer.transport"},
+    "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
+    "kv_transfer.mooncake": {"errors", "envs", "kv_transfer.transport"},
+    "kv_transfer.plan": {
+        *("errors", "attention.cache_layout", "kv_transfer.blocks"),
+        *("kv_transfer.topology", "kv_transfer.transport"),
+    },
+    "kv_transfer.blocks": {"errors", "kv_transfer.topology"},
+    "kv_transfer": {"errors"},
+}
+
+# Outside libraries that only some files may import.
+PURE = {
+    *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
+    *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
+}
+WITHOUT_TORCH_AND_VLLM = PURE | {"kv_transfer.reader", "kv_transfer.handshake"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts), path
+
+
+MODULES = [pytest.param(name, path, id=name) for name, path in modules()]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that the file imports; those under TYPE_CHECKING are types only and do not count."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they lead; import from the package"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def allowed(name: str) -> set[str]:
+    """The entry of the module, or of its nearest folder that has one."""
+    while name not in MAY_IMPORT:
+        name, _, _ = name.rpartition(".")
+        assert name, "a new module: give it its arrows in MAY_IMPORT and in docs/architecture.md"
+    return MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_imports_within_the_package_follow_the_arrows(name: str, path: Path):
+    inside = {
+        full.removeprefix("vllm_ascend.") for full in imports_of(path) if full.startswith("vllm_ascend.")
+    }
+    permitted = allowed(name)
+    forbidden = {
+        full for full in inside if not any(full == one or full.startswith(f"{one}.") for one in permitted)
+    }
+    assert not forbidden, f"{name} imports {sorted(forbidden)}; it may import {sorted(permitted)}"
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_outside_libraries_stay_where_they_belong(name: str, path: Path):
+    libraries = {full.split(".")[0] for full in imports_of(path)}
+    assert "mooncake" not in libraries or name == "kv_transfer.mooncake"
+    if name in WITHOUT_TORCH_AND_VLLM:
+        assert not libraries & {"torch", "torch_npu", "vllm"}
+
+
+def test_nothing_but_the_emulator_knows_that_the_device_is_emulated():
+    knowing = [
+        name
+        for name, path in modules()
+        if not name.startswith("emulator") and "emulator" in path.read_text().lower()
+    ]
+    assert knowing == []
+
+
+def test_every_file_begins_with_its_licence():
+    sources = [
+        path
+        for pattern in ("*.py", "*.cpp", "*.h", "*.sh")
+        for folder in ("vllm_ascend", "csrc", "tests", "examples")
+        for path in (ROOT / folder).rglob(pattern)
+    ]
+    without = [
+        str(path.relative_to(ROOT))
+        for path in sources
+        if "SPDX-License-Identifier: Apache-2.0" not in "\n".join(path.read_text().splitlines()[:2])
+    ]
+    assert sources
+    assert without == []
