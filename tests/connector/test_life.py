@@ -130,6 +130,16 @@ def test_what_was_read_after_the_lease_ended_is_a_failed_load(engines):
     assert finish(decode, wanted) is None
 
 
+def test_an_answer_that_a_router_uses_twice_is_read_once(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    for request_id, failed in (("d1", set()), ("d2", {"d2"})):
+        admit(decode, request_id, 20, [1, 2], params)
+        output = decode.step_until(lambda output: bool(output.finished_recving))
+        assert (output.finished_recving, output.failed_recving) == ({request_id}, failed)
+        prefill.step()
+
+
 def test_double_and_late_and_foreign_words_are_harmless(engines):
     prefill, _ = engines
     params = prefilled(prefill, "p", 20, [1, 2])

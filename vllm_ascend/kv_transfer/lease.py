@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long prefill keeps a finished request's blocks for the decode engine that reads them.
 
-A lease begins when prefill finishes a request. The waiting decode renews it; every reader (a decode rank)
-says when it is done and how many readers there are, so prefill needs no knowledge of decode's sizes. The
-blocks are free when the last reader is done, when decode says that it will not read, or when the lease ends.
+A lease begins when prefill finishes a request. The waiting decode renews it; every reader (one read of one
+decode rank) says when it is done and how many readers there are, so prefill needs no knowledge of decode's
+sizes. The blocks are free when the last reader is done, when decode says that it will not read, or when the
+lease ends.
 
 A reader learns at "done" whether the lease held until then. If not, other requests may have overwritten the
 blocks while they were read, and what was read must be dropped.

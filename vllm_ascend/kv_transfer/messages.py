@@ -106,7 +106,10 @@ class Renewed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`reader`, one of `num_readers` ranks of the decode engine, reads this request's blocks no more."""
+    """`reader`, one of `num_readers`, reads this request's blocks no more.
+
+    A reader is one read of one rank: it may say so twice, but a second read is another reader.
+    """
 
     engine_id: Name
     request_id: Name

@@ -94,7 +94,7 @@ class WorkerHalf:
             outcome = NotLoaded(pull.request_id, str(error))
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
         try:
-            held = self._say_done(pull.remote)
+            held = self._say_done(pull)
         except KVTransferError as error:
             return NotLoaded(pull.request_id, str(error)) if isinstance(outcome, Loaded) else outcome
         if isinstance(outcome, Loaded) and not held:
@@ -141,13 +141,14 @@ class WorkerHalf:
         )
         return neighbours(remote, local, longest)
 
-    def _say_done(self, remote: RemotePrefill) -> bool:
+    def _say_done(self, pull: Pull) -> bool:
         """Tell prefill that this rank reads no more. Returns whether its lease held until now."""
-        rank = self._local.rank
+        rank, remote = self._local.rank, pull.remote
         done = Done(
             engine_id=remote.remote_engine_id,
             request_id=remote.remote_request_id,
-            reader=rank.reader,
+            # A router may send one prefill's answer twice: the second read must not pass for the first.
+            reader=f"{rank.reader}/{pull.request_id}",
             num_readers=rank.tp_size,
         )
         answer = self._lines.ask(remote.remote_host, remote.remote_port, done)
