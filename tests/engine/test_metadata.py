@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch as the operators count it: blocks of half-pages, cumulative query lengths, plain KV lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_ascend.attention.metadata import GroupedAttentionMetadataBuilder, operator_slots
+
+BLOCK_SIZE = 16
+NUM_PADDING_TOKENS = 3
+
+
+@pytest.mark.parametrize(
+    ("slot", "expected"),
+    [
+        pytest.param(0, 0, id="first token of block 0"),
+        pytest.param(15, 15, id="last token of block 0"),
+        pytest.param(16, 32, id="first token of block 1, whose key half is half-page 2"),
+        pytest.param(5 * 16 + 7, 10 * 16 + 7, id="token 7 of block 5"),
+    ],
+)
+def test_slots_count_half_pages(slot: int, expected: int) -> None:
+    slots = operator_slots(torch.tensor([slot]), BLOCK_SIZE)
+    assert slots.dtype is torch.int32
+    assert slots.tolist() == [expected]
+
+
+def test_slots_of_padding_stay_negative() -> None:
+    assert operator_slots(torch.tensor([-1]), BLOCK_SIZE).item() < 0
+
+
+def test_a_step_with_a_chunk_and_a_decode() -> None:
+    """Request 0 computes tokens 16 to 19 of its prompt (blocks 3, 4); request 1 decodes token 8 (block 9)."""
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+    builder = GroupedAttentionMetadataBuilder(spec, ["layer"], None, torch.device("cpu"))
+    starts = torch.tensor([0, 4, 5], dtype=torch.int32)
+    lengths = torch.tensor([20, 9], dtype=torch.int32)
+    built = builder.build(
+        0,
+        CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=2,
+            num_actual_tokens=5 + NUM_PADDING_TOKENS,
+            max_query_len=4,
+            max_seq_len=20,
+            block_table_tensor=torch.tensor([[3, 4, 0, 0], [9, 0, 0, 0]], dtype=torch.int32),
+            slot_mapping=torch.tensor([64, 65, 66, 67, 152, *[-1] * NUM_PADDING_TOKENS]),
+        ),
+    )
+    assert built.num_tokens == 5
+    assert built.query_ends == [4, 5]
+    assert built.kv_lengths == [20, 9]
+    assert built.block_table.tolist() == [[6, 8], [18, 0]]
+    assert built.slots.tolist() == [128, 129, 130, 131, 296]
+    assert built.block_size == BLOCK_SIZE
+    assert built.mask.dtype is torch.int8
+    assert built.mask[:3, :3].tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
