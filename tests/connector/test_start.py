@@ -40,16 +40,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_options_are_refused_before_anything_starts(model, extra, sentence):
-    config = engine_config(model, 1, "kv_consumer", extra)
-    with pytest.raises(ConfigError, match=sentence):
-        MooncakeConnector(config, KVConnectorRole.WORKER, cache_config(HEADS, 1))
+    # vLLM's configuration passes the sentence on in an error of its own, which is a ValueError as well.
+    with pytest.raises(ValueError, match=sentence):
+        MooncakeConnector(
+            engine_config(model, 1, "kv_consumer", extra), KVConnectorRole.WORKER, cache_config(HEADS, 1)
+        )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "*"])
 def test_an_address_of_no_machine_is_refused(model, host):
-    config = engine_config(model, 1, "kv_producer", {"host": host})
-    with pytest.raises(ConfigError, match=r"no address of one machine; set kv_connector_extra_config\.host"):
-        MooncakeConnector(config, KVConnectorRole.SCHEDULER, cache_config(HEADS, 1))
+    with pytest.raises(ValueError, match="host must be an address of this machine"):
+        engine_config(model, 1, "kv_producer", {"host": host})
 
 
 def test_an_address_of_another_machine_cannot_be_bound(model):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 from vllm_ascend.errors import ConfigError
 
+NAME = "MooncakeConnectorV1"
+"""What `kv_connector` says to get this connector."""
+
 PROTOCOLS = ("tcp", "rdma", "ascend")
 """What Mooncake's engine can be asked for. `ascend` needs its build for Ascend cards."""
 
@@ -71,8 +74,26 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
     return Options(**_with_ascend_direct(values, extra.get("use_ascend_direct", False)))
 
 
-def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Raise ConfigError, naming it, for what this release does not carry from one engine to another."""
+def check_start(vllm_config: VllmConfig) -> None:
+    """For vLLM's platform hook: refuse a configuration before any process of the engine starts.
+
+    Raises ConfigError as `options_of` does. Other connectors than ours are none of its business.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return
+    if transfer.kv_connector == NAME or (transfer.kv_connector_module_path or "").startswith("vllm_ascend."):
+        options_of(vllm_config)
+
+
+def options_of(vllm_config: VllmConfig) -> Options:
+    """The options of an engine, checked against what the engine is.
+
+    Raises ConfigError, naming it, for what cannot be honoured or is not carried to another engine yet.
+    """
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    options = parse_options(transfer.kv_connector_extra_config)
     parallel = vllm_config.parallel_config
     for name, size in (
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
@@ -81,6 +102,23 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
     ):
         if size > 1:
             raise ConfigError(f"MooncakeConnectorV1 does not support {name} = {size} yet; set it to 1")
+    if transfer.enable_permute_local_kv:
+        raise ConfigError("MooncakeConnectorV1 needs no enable_permute_local_kv; remove it")
+    found = Sizes(
+        tp_size=parallel.tensor_parallel_size,
+        dp_size=parallel.data_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+    )
+    # An engine that is both may be either side of a pair, so only its peers can tell.
+    sides = {"kv_producer": ("prefill", options.prefill), "kv_consumer": ("decode", options.decode)}
+    side, said = sides.get(str(transfer.kv_role), ("", Sizes()))
+    if complaint := check_sizes(said, found, side):
+        raise ConfigError(complaint)
+    return options
+
+
+def check_cache(kv_cache_config: KVCacheConfig) -> None:
+    """Raise ConfigError, naming it, for a KV cache that this release does not move."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(
@@ -100,8 +138,6 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
             f"MooncakeConnectorV1 does not support the quantised KV cache {spec.kv_quant_mode.name} yet; "
             f"set --kv-cache-dtype auto"
         )
-    if vllm_config.kv_transfer_config is not None and vllm_config.kv_transfer_config.enable_permute_local_kv:
-        raise ConfigError("MooncakeConnectorV1 needs no enable_permute_local_kv; remove it")
 
 
 def check_sizes(said: Sizes, found: Sizes, side: str) -> str | None:
@@ -137,7 +173,8 @@ def _protocol(key: str, value: Any) -> str:
 
 
 def _host(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    # Peers are told it, so it must be an address and not a wildcard.
+    if not isinstance(value, str) or value in ("", "*", "0.0.0.0", "::"):
         raise ConfigError(f'{key} must be an address of this machine, such as "10.0.0.5", got {value!r}')
     return value
 

@@ -20,8 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_ascend.errors import ConfigError
-from vllm_ascend.kv_transfer.config import Sizes, check_sizes, check_supported, parse_options
+from vllm_ascend.kv_transfer.config import check_cache, options_of
 from vllm_ascend.kv_transfer.local import Rank, local_cache
 from vllm_ascend.kv_transfer.messages import CacheDescription, Engine, Parallel, Pull, RankRegions
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats
@@ -88,9 +87,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """Raises ConfigError for anything that cannot be honoured."""
         super().__init__(vllm_config, role, kv_cache_config)
-        self._options = parse_options(self._kv_transfer_config.kv_connector_extra_config)
-        check_supported(vllm_config, kv_cache_config)
-        self._check_own_sizes()
+        self._options = options_of(vllm_config)
+        check_cache(kv_cache_config)
         self._host = self._options.host or vllm_envs.VLLM_HOST_IP or LOOPBACK
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
@@ -254,11 +252,6 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         return step
 
     def _prefill_side(self) -> PrefillSide:
-        if self._host in ("0.0.0.0", "::", "*"):
-            raise ConfigError(
-                f"the KV listener is told to peers as {self._host}, which is no address of one machine; set "
-                f"kv_connector_extra_config.host to one that the decode engines reach"
-            )
         parallel = self._vllm_config.parallel_config
         port = int(self._kv_transfer_config.kv_port)
         return PrefillSide(
@@ -269,21 +262,3 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             lease_s=self._options.lease_s,
             tp_size=parallel.tensor_parallel_size,
         )
-
-    def _check_own_sizes(self) -> None:
-        # An engine that is both may be either side of a pair, so only its peers can tell.
-        match self._kv_transfer_config.kv_role:
-            case "kv_producer":
-                side, configured = "prefill", self._options.prefill
-            case "kv_consumer":
-                side, configured = "decode", self._options.decode
-            case _:
-                return
-        parallel = self._vllm_config.parallel_config
-        found = Sizes(
-            tp_size=parallel.tensor_parallel_size,
-            dp_size=parallel.data_parallel_size,
-            pp_size=parallel.pipeline_parallel_size,
-        )
-        if complaint := check_sizes(configured, found, side):
-            raise ConfigError(complaint)
