@@ -10,16 +10,13 @@ DEVICES=${DEVICES:-2}
 TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
 HTTP_PORT=${HTTP_PORT:-8200}
 KV_HOST=${KV_HOST:-127.0.0.1} # the address of this host
-KV_PORT=${KV_PORT:-30100}     # not the port of another engine of this host
 
 # shellcheck disable=SC2086
-ASCEND_RT_VISIBLE_DEVICES=$DEVICES exec ${LAUNCHER:-} vllm serve "$MODEL" \
+VLLM_HOST_IP=$KV_HOST ASCEND_RT_VISIBLE_DEVICES=$DEVICES exec ${LAUNCHER:-} vllm serve "$MODEL" \
   --port "$HTTP_PORT" \
   --tensor-parallel-size "$TENSOR_PARALLEL" \
   --max-model-len 1024 \
   --kv-transfer-config '{
     "kv_connector": "MooncakeConnectorV1",
-    "kv_role": "kv_consumer",
-    "kv_ip": "'"$KV_HOST"'",
-    "kv_port": '"$KV_PORT"'
+    "kv_role": "kv_consumer"
   }'

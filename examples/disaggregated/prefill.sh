@@ -9,17 +9,16 @@ MODEL=${MODEL:-examples/recall_model}
 DEVICES=${DEVICES:-0,1}
 TENSOR_PARALLEL=${TENSOR_PARALLEL:-2}
 HTTP_PORT=${HTTP_PORT:-8100}
-KV_HOST=${KV_HOST:-127.0.0.1} # the address that decode engines reach this host under
-KV_PORT=${KV_PORT:-30000}     # the port where they ask what lies where
+KV_HOST=${KV_HOST:-127.0.0.1} # under which decode engines reach this host
+KV_PORT=${KV_PORT:-30000}     # where they ask what lies where
 
 # shellcheck disable=SC2086
-ASCEND_RT_VISIBLE_DEVICES=$DEVICES exec ${LAUNCHER:-} vllm serve "$MODEL" \
+VLLM_HOST_IP=$KV_HOST ASCEND_RT_VISIBLE_DEVICES=$DEVICES exec ${LAUNCHER:-} vllm serve "$MODEL" \
   --port "$HTTP_PORT" \
   --tensor-parallel-size "$TENSOR_PARALLEL" \
   --max-model-len 1024 \
   --kv-transfer-config '{
     "kv_connector": "MooncakeConnectorV1",
     "kv_role": "kv_producer",
-    "kv_ip": "'"$KV_HOST"'",
     "kv_port": '"$KV_PORT"'
   }'

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents point at exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/**/*.md"))]
+OURS = [path for path in DOCUMENTS if not {".venv", "build", ".git"} & set(path.relative_to(ROOT).parts)]
+# A word in backticks that begins with one of our folders is a path.
+NAMED_PATH = re.compile(r"`((?:vllm_ascend|csrc|tests|examples|docs|\.setup|\.ci)/[\w./-]*)`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("document", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_named_files_exist(document: Path):
+    text = document.read_text()
+    gone = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
+    gone += [name for name in NAMED_PATH.findall(text) if not (ROOT / name).exists()]
+    assert gone == []
+
+
+def test_the_architecture_page_names_files():
+    assert len(NAMED_PATH.findall((ROOT / "docs" / "architecture.md").read_text())) > 10
