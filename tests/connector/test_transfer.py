@@ -133,3 +133,18 @@ def test_blocks_that_attention_cuts_into_smaller_ones(tmp_path):
         for rank in range(2):
             own = decode.pages(0).cpu()[:, pulled, ..., 2 * rank : 2 * rank + 2, :]
             assert torch.equal(own, prefill.pages(rank).cpu()[:, sources])
+
+
+def test_ranks_with_the_same_heads_are_read_in_turn(tmp_path):
+    model = model_folder(tmp_path, 2)
+    prefill = Engine(engine_config(model, 8, "kv_producer"), 2)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), 2)
+    sources = []
+    with running(prefill, decode):
+        for turn in range(4):
+            params = prefilled(prefill, f"p{turn}", BLOCK_SIZE, [1])
+            wanted, _ = admit(decode, f"d{turn}", BLOCK_SIZE, [1], params)
+            decode.step_until(lambda output: bool(output.finished_recving))
+            sources.append(finish(decode, wanted)["sources"])
+    # Four copies of each of two heads: ranks 0 to 3 and 4 to 7.
+    assert sources == [(0, 4), (1, 5), (2, 6), (3, 7)]

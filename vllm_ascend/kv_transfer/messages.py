@@ -25,6 +25,11 @@ _PREFIX = b"vllm-ascend-kv/"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """What a socket accepts: the description of a large engine is some hundred KiB."""
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+"""How many ranks, heads, layers or tokens there are of something."""
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""The number of a rank or block, or how many blocks there are."""
+WireAddress = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=65536)]
 
@@ -57,23 +62,23 @@ class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
 class Parallel(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of an engine."""
 
-    tp_size: int
-    pp_size: int
-    dp_size: int
+    tp_size: Size
+    pp_size: Size
+    dp_size: Size
 
 
 class RankRegions(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's KV cache and where to read it."""
 
-    tp_rank: int
-    pp_rank: int
+    tp_rank: Index
+    pp_rank: Index
     session: Name
     """How the transfer engine addresses the rank."""
-    num_blocks: int
+    num_blocks: Index
     """Pages in every layer."""
     page_bytes: int
     layers: Names
-    addresses: Annotated[tuple[int, ...], msgspec.Meta(max_length=65536)]
+    addresses: Annotated[tuple[WireAddress, ...], msgspec.Meta(max_length=65536)]
     """Where block 0 of each layer begins, in the rank's own address space."""
 
 
@@ -114,7 +119,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     engine_id: Name
     request_id: Name
     reader: Name
-    num_readers: Annotated[int, msgspec.Meta(ge=1, le=65536)]
+    num_readers: Size
 
 
 class DoneNoted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -153,9 +158,9 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_host: Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9.:_\[\]-]+$")]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     """Where the engine's listener is."""
-    remote_block_ids: tuple[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], ...]
+    remote_block_ids: tuple[tuple[Index, ...], ...]
     """For each KV cache group, the request's blocks in token order."""
-    remote_num_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    remote_num_tokens: Index
     """Prompt tokens whose KV is in these blocks."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_ascend.errors import TopologyError, WireError
 from vllm_ascend.kv_transfer.messages import (
@@ -114,6 +118,37 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
 def test_malformed_questions_are_refused(frames):
     with pytest.raises(WireError):
         decode_question(frames)
+
+
+@given(st.binary(max_size=200))
+def test_whatever_comes_is_understood_or_refused(body):
+    for decode in (decode_question, decode_answer):
+        with contextlib.suppress(WireError):
+            decode([b"vllm-ascend-kv/1", body])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"parallel": {"tp_size": 0, "pp_size": 1, "dp_size": 1}}, id="no rank at all"),
+        pytest.param(
+            {"ranks": [{**msgspec.to_builtins(RANK), "addresses": [2**63]}]}, id="address too high"
+        ),
+        pytest.param({"ranks": [{**msgspec.to_builtins(RANK), "num_blocks": -1}]}, id="less than no blocks"),
+        pytest.param({"ranks": None}, id="no list of ranks"),
+    ],
+)
+def test_a_peer_whose_numbers_cannot_be_is_refused(change):
+    engine = Engine(
+        engine_id="e",
+        protocol="tcp",
+        cache=CACHE,
+        parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+        ranks=(RANK,),
+    )
+    frames = [b"vllm-ascend-kv/1", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
+    with pytest.raises(WireError, match="could not be read"):
+        decode_answer(frames)
 
 
 def test_every_field_that_differs_is_named_with_both_values():

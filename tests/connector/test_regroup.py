@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The regroup step on the device against plain indexing, for every size of element and across its parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_ascend.kv_transfer.blocks import neighbours
+from vllm_ascend.kv_transfer.plan import share_positions
+from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Regroup
+
+BLOCK_SIZE, HEADS, HEAD_SIZE, LAYERS = 4, 4, 32, 2
+
+
+def regrouped(
+    layer: torch.Tensor, run_starts: list[int], run_lengths: list[int], shares: int
+) -> torch.Tensor:
+    """What a layer must look like afterwards. `layer`: [blocks, heads, block size, 2 * head size]."""
+    after = layer.clone()
+    for start, length in zip(run_starts, run_lengths, strict=True):
+        run = layer[start : start + length].reshape(shares, length, 2, BLOCK_SIZE, HEADS // shares, HEAD_SIZE)
+        pages = run.permute(1, 2, 3, 0, 4, 5)
+        after[start : start + length] = pages.reshape(length, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+    return after
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+@pytest.mark.parametrize("shares", [2, 4])
+@pytest.mark.parametrize(
+    ("run_starts", "run_lengths"),
+    [
+        pytest.param([5], [1], id="one block"),
+        pytest.param([7, 2, 11], [3, 1, 2], id="three runs"),
+        pytest.param([0, 70, 140], [LONGEST_RUN, LONGEST_RUN, 9], id="more than is done at once"),
+    ],
+)
+def test_heads_stand_side_by_side_and_nothing_else_changes(dtype, shares, run_starts, run_lengths):
+    bits = torch.randint(
+        0, 256, (LAYERS, 150, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE * dtype.itemsize), dtype=torch.uint8
+    )
+    before = bits.view(torch.int8).view(LAYERS, 150, -1).view(dtype).view(LAYERS, 150, HEADS, BLOCK_SIZE, -1)
+    on_device = before.to("npu:1")
+    regroup = Regroup(tuple(on_device))
+    regroup.enter_thread()
+
+    blocks = np.concatenate([np.arange(s, s + n) for s, n in zip(run_starts, run_lengths, strict=True)])
+    runs = neighbours(blocks, blocks, LONGEST_RUN)
+    assert runs.length.tolist() == run_lengths
+    regroup.run(runs.local_blocks(), share_positions(runs, shares), runs.length)
+
+    for layer, after in zip(before, on_device.cpu(), strict=True):
+        expected = regrouped(layer, run_starts, run_lengths, shares)
+        assert torch.equal(after.view(torch.int8), expected.view(torch.int8))
+
+
+def test_a_fence_waits_for_the_work_before_it():
+    device = torch.device("npu", 1)
+    with torch.npu.device(device):
+        regroup = Regroup(
+            (torch.zeros(4, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.bfloat16, device=device),)
+        )
+        source = torch.ones(2**22, pin_memory=True)
+        target = torch.zeros(2**22, device=device)
+        for _ in range(8):
+            target.copy_(source, non_blocking=True)
+        fence = regroup.fence()
+        fence.wait()
+        assert torch.npu.current_stream().query()
