@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that users make, as processes: one sentence each, nothing left behind, and the next request works."""
+"""Faults that users make, as processes: one sentence, nothing left behind, and the next request works."""
 
 import os
 import socket
