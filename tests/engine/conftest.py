@@ -84,7 +84,7 @@ def run(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> Iter
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:]
