@@ -23,7 +23,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm_ascend.kv_transfer.config import check_cache, options_of
 from vllm_ascend.kv_transfer.local import Rank, local_cache
 from vllm_ascend.kv_transfer.messages import CacheDescription, Engine, Parallel, Pull, RankRegions
-from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats
+from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
 from vllm_ascend.kv_transfer.scheduler import DecodeSide, PrefillSide
 from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
@@ -31,7 +31,7 @@ from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats, PromMetric, PromMetricT
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -245,6 +245,16 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
         return TransferStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TransferCounters:
+        return TransferCounters(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def _step(self) -> Step:
         step = self._get_connector_metadata()

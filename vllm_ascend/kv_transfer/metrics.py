@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transfer cost: per request for its user, per interval for vLLM's log."""
+"""What a transfer cost: per request for its user, per interval for vLLM's log and for Prometheus."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.utils import create_metric_per_engine
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,23 @@ def nothing_moved(prompt_tokens: int) -> TransferNumbers:
     return TransferNumbers(prompt_tokens, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
 
 
-class TransferStats(KVConnectorStats):
-    """Sums over an interval, for vLLM's periodic line `KV Transfer metrics: ...`."""
+_SUMS = {
+    "loads": "Loads of a request's KV cache by a rank.",
+    "failed": "Loads that failed.",
+    "blocks": "Blocks pulled from prefill engines.",
+    "bytes": "Bytes pulled from prefill engines.",
+    "descriptors": "Ranges that the transfer engine was given.",
+    "transfer_ms": "Milliseconds that ranks spent reading.",
+    "regroup_ms": "Milliseconds that ranks spent regrouping heads.",
+}
+"""What is summed, and what Prometheus shows about it."""
 
-    _SUMS = ("loads", "failed", "blocks", "bytes", "descriptors", "transfer_ms", "regroup_ms")
+
+class TransferStats(KVConnectorStats):
+    """Sums over an interval and over ranks, for vLLM's periodic line `KV Transfer metrics: ...`."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
-        super().__init__(data=data or dict.fromkeys(self._SUMS, 0))
+        super().__init__(data=data or dict.fromkeys(_SUMS, 0))
 
     def add(self, numbers: TransferNumbers) -> None:
         """Count one rank's load."""
@@ -73,10 +84,10 @@ class TransferStats(KVConnectorStats):
         self.data["failed"] += 1
 
     def reset(self) -> None:
-        self.data = dict.fromkeys(self._SUMS, 0)
+        self.data = dict.fromkeys(_SUMS, 0)
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        return TransferStats({name: self.data[name] + other.data[name] for name in self._SUMS})
+        return TransferStats({name: self.data[name] + other.data[name] for name in _SUMS})
 
     def reduce(self) -> dict[str, int | float]:
         loads = max(1, self.data["loads"])
@@ -91,3 +102,25 @@ class TransferStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         return not self.data["loads"] and not self.data["failed"]
+
+
+class TransferCounters(KVConnectorPromMetrics):
+    """The sums since the start as Prometheus counters, `vllm:ascend_kv_<sum>`."""
+
+    def __init__(self, *arguments: Any) -> None:  # Any: vLLM's own arguments, handed on
+        super().__init__(*arguments)
+        # Any: vLLM's helper forgets which kind of metric it was given
+        self._counters: dict[str, dict[int, Any]] = {
+            name: create_metric_per_engine(
+                self._counter_cls(
+                    name=f"vllm:ascend_kv_{name}", documentation=meaning, labelnames=self._labelnames
+                ),
+                self.per_engine_labelvalues,
+            )
+            for name, meaning in _SUMS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add an interval's sums."""
+        for name, counters in self._counters.items():
+            counters[engine_idx].inc(transfer_stats_data[name])
