@@ -131,9 +131,7 @@ def test_whatever_comes_is_understood_or_refused(body):
     "change",
     [
         pytest.param({"parallel": {"tp_size": 0, "pp_size": 1, "dp_size": 1}}, id="no rank at all"),
-        pytest.param(
-            {"ranks": [{**msgspec.to_builtins(RANK), "addresses": [2**63]}]}, id="address too high"
-        ),
+        pytest.param({"ranks": [{**msgspec.to_builtins(RANK), "addresses": [2**63]}]}, id="address too high"),
         pytest.param({"ranks": [{**msgspec.to_builtins(RANK), "num_blocks": -1}]}, id="less than no blocks"),
         pytest.param({"ranks": None}, id="no list of ranks"),
     ],
