@@ -51,9 +51,14 @@ def float32_answers(
 
 
 @pytest.fixture(scope="session")
-def bfloat16_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    jobs = [job(name, checkpoints[name], 1, "bfloat16", 1) for name in RANDOM_MODELS]
-    return dict(zip(RANDOM_MODELS, run(jobs, tmp_path_factory.mktemp("bfloat16")), strict=True))
+def bfloat16_answers(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Answers]:
+    """By tensor-parallel size."""
+    sizes = (1, 2)
+    jobs = [job(name, checkpoints[name], 1, "bfloat16", size) for size in sizes for name in RANDOM_MODELS]
+    answers = iter(run(jobs, tmp_path_factory.mktemp("bfloat16")))
+    return {size: {name: next(answers) for name in RANDOM_MODELS} for size in sizes}
 
 
 def job(name: str, folder: Path, times: int, dtype: str, size: int) -> Job:

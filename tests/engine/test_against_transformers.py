@@ -79,11 +79,12 @@ def test_whole_blocks_of_a_known_prompt_come_from_the_cache(
     assert [answer.num_cached_tokens for answer in batches[WARM]] == cached
 
 
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"TP {size}")
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_bfloat16_log_probabilities_are_as_exact_as_those_of_transformers(
-    name: str, checkpoints: dict[str, Path], bfloat16_answers: Answers
+    name: str, size: int, checkpoints: dict[str, Path], bfloat16_answers: dict[int, Answers]
 ) -> None:
-    (answers,) = bfloat16_answers[name]
+    (answers,) = bfloat16_answers[size][name]
     tokens = [answer.tokens for answer in answers]
     exact, rounded = (
         log_probabilities(checkpoints[name], prompts_of(name), tokens, dtype)
