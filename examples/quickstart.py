@@ -100,9 +100,28 @@ def _start(servers: Sequence[Server]) -> None:
     print(f"starting {', '.join(server.name for server in servers)}")
     for server in servers:
         server.start()
-    overwrite = "\r\033[K" if sys.stdout.isatty() else "\n"
-    wait_all(servers, tell=lambda line: print(overwrite + line, end="", flush=True))
-    print(f"{overwrite}all servers answer")
+    show = _Progress()
+    wait_all(servers, tell=show)
+    show.end("all servers answer")
+
+
+class _Progress:
+    """One line that changes on a terminal; elsewhere a line each time that something else is waited for."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stdout.isatty()
+        self._awaited = ""
+
+    def __call__(self, line: str) -> None:
+        _, _, awaited = line.partition("waiting for")
+        if self._on_terminal:
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif awaited != self._awaited:
+            print(line, flush=True)
+        self._awaited = awaited
+
+    def end(self, line: str) -> None:
+        print(f"\r\033[K{line}" if self._on_terminal else line, flush=True)
 
 
 def _ask(front: Server, ordinary: Server) -> list[Outcome]:
