@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . .setup/install.sh
-exec .venv/bin/python examples/quickstart.py "$@"
+exec .venv/bin/python -u examples/quickstart.py "$@"
