@@ -44,6 +44,8 @@ class Fleet:
 def start_fleet(log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int) -> Iterator[Fleet]:
     """Start a fleet, yield it, stop every process of it."""
     options = engine_options(block_size)
+    log_dir = log_dir / f"tp-{prefill_tp}-to-{decode_tp}"
+    log_dir.mkdir()
 
     def serve(name: str, devices: Sequence[int], role: str | None = None) -> Server:
         config = None if role is None else connector(role)
