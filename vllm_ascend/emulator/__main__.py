@@ -6,7 +6,6 @@ It sets the environment and becomes CMD. The libraries have to be found before C
 """
 
 import argparse
-import ctypes
 import os
 import re
 import shutil
@@ -23,9 +22,6 @@ MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 1 << 40
 SOC_NAMES = ("Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4")
 """Names that torch_npu knows and whose operators follow the rules that the emulator follows."""
-
-TIMER_SLACK_NS = 5_000_000
-"""How late a sleep may end in the command's threads; Linux's default is 50,000."""
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -55,18 +51,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     command = _resolve(options.command)
     if shutil.which(command[0]) is None:
         _refuse(f"there is no program {command[0]!r} to run; give one that is on PATH, or its path")
-    _coarsen_timers()
     os.execvpe(command[0], command, environment(machine, os.environ, LIBRARY_DIR))
-
-
-def _coarsen_timers() -> None:
-    """Let sleeps of this process, and of what it becomes and starts, end up to five milliseconds late.
-
-    For each device that a process uses, torch_npu has a thread that looks every microsecond for memory to
-    release. On a card's host nobody notices; here each would take a tenth of a core that computes for a card.
-    """
-    pr_set_timerslack = 29  # linux/prctl.h; kept across execve and inherited by threads and children
-    ctypes.CDLL(None).prctl(pr_set_timerslack, ctypes.c_ulong(TIMER_SLACK_NS))
 
 
 def environment(machine: Machine, base: Mapping[str, str], library_dir: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from vllm_ascend.kv_transfer.local import Rank, local_cache
 from vllm_ascend.kv_transfer.messages import CacheDescription, Engine, Parallel, Pull, RankRegions
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
-from vllm_ascend.kv_transfer.scheduler import DecodeSide, PrefillSide
+from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
 from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
         self._worker: WorkerHalf | None = None
+        self._pace_of_reads = Pace(longest_rest_s=0.003)
+        self._pace_of_leases = Pace(longest_rest_s=0.02)
         self._stats = TransferStats()
         self._numbers: dict[str, TransferNumbers] = {}
         if role is KVConnectorRole.SCHEDULER:
@@ -209,6 +212,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             self._decode.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            self._rest()
         return Step(
             pulls=self._decode.take_pulls() if self._decode is not None else (),
             freed=self._prefill.take_freed() if self._prefill is not None else frozenset(),
@@ -234,6 +239,15 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         if params.get("do_remote_decode") and self._prefill is not None:
             return self._prefill.finished(request, block_ids)
         return False, self._decode.finished(request) if self._decode is not None else None
+
+    def _rest(self) -> None:
+        if self._decode is not None and self._decode.waits:
+            # Ranks tell of their reads in steps: what the pause saves in work it costs in latency.
+            time.sleep(self._pace_of_reads.next_rest_s())
+        elif self._prefill is not None:
+            self._prefill.rest(self._pace_of_leases.next_rest_s())
+        self._pace_of_reads.rested()
+        self._pace_of_leases.rested()
 
     # Both
 

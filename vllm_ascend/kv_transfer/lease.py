@@ -45,7 +45,7 @@ class LeaseTable:
     """The leases of one prefill engine. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
         # Freed requests, with the readers that were done in time and the time at which to forget them.
         self._remembered: dict[str, tuple[frozenset[str], float]] = {}
@@ -86,6 +86,7 @@ class LeaseTable:
             # A lease past its end still holds until `take_freed` gives the blocks away.
             lease.done.add(reader)
             lease.released = lease.released or len(lease.done) >= num_readers
+            self._lock.notify_all()
             return True
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -95,6 +96,14 @@ class LeaseTable:
                 lease = self._leases.get(request_id)
                 if lease is not None:
                     lease.released = True
+            self._lock.notify_all()
+
+    def await_release(self, longest_s: float) -> None:
+        """Return when some lease was released, at the latest after `longest_s`; at once if none is held."""
+        with self._lock:
+            self._lock.wait_for(
+                lambda: not self._leases or any(lease.released for lease in self._leases.values()), longest_s
+            )
 
     def take_freed(self, now_s: float) -> Freed:
         """Remove and return the leases that were released or have ended. The caller frees their blocks."""

@@ -49,6 +49,31 @@ logger = init_logger(f"vllm.{__name__}")
 Params = dict[str, Any]  # Any: kv_transfer_params are JSON
 
 
+_REST_PER_WORK = 2.0
+
+
+class Pace:
+    """How long a step that has nothing to run should pause.
+
+    While blocks are held or awaited vLLM steps without end, and an empty step costs every rank some work.
+    Resting twice as long as the last one took leaves the host's cores to those who have something to do:
+    the threads that read, or the engine beside this one that reads from it.
+    """
+
+    def __init__(self, longest_rest_s: float) -> None:
+        self._longest_rest_s = longest_rest_s
+        self._rested_at_s = time.monotonic()
+
+    def next_rest_s(self) -> float:
+        """Seconds to pause now."""
+        worked_s = time.monotonic() - self._rested_at_s
+        return min(self._longest_rest_s, _REST_PER_WORK * worked_s)
+
+    def rested(self) -> None:
+        """The pause is over; the next step's work begins."""
+        self._rested_at_s = time.monotonic()
+
+
 class PrefillSide:
     """Keeps what decode engines are to read, and answers them at one listener."""
 
@@ -100,6 +125,10 @@ class PrefillSide:
                 self._lease_s,
             )
         return freed.read | freed.expired
+
+    def rest(self, longest_s: float) -> None:
+        """Pause until blocks may be freed, for `longest_s` at the most; not at all when none are held."""
+        self._leases.await_release(longest_s)
 
     def close(self) -> None:
         """Free the port. May be called twice."""
@@ -177,6 +206,11 @@ class DecodeSide:
                 prompt_tokens=request.num_prompt_tokens,
             )
         )
+
+    @property
+    def waits(self) -> bool:
+        """Whether requests wait for their KV, so that the workers' results are awaited."""
+        return bool(self._announced or self._pulling)
 
     def take_pulls(self) -> tuple[Pull, ...]:
         """What the workers are to read, since the last call."""

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/stream.h"
 
-#include <sys/prctl.h>
-
 #include <thread>
 #include <unordered_map>
 #include <utility>
@@ -12,9 +10,6 @@
 
 namespace ascend_emulator {
 namespace {
-
-// How late a sleep of a stream's thread may end, in nanoseconds: what Linux allows by default.
-constexpr unsigned long kTimerSlackNs = 50'000;
 
 // The live streams of the process by handle.
 class Registry {
@@ -136,9 +131,6 @@ void Stream::AwaitIdle() {
 }
 
 void Stream::Run() {
-  // The launcher lets the process's sleeps end milliseconds late. A collective sleeps while it waits for
-  // other ranks, many times in a step, and should not.
-  prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
   Device::SetCurrent(device_);
   std::unique_lock lock(mutex_);
   while (true) {

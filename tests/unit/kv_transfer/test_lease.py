@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
+
 from vllm_ascend.kv_transfer.lease import LeaseTable
 
 
@@ -97,3 +101,28 @@ def test_decode_may_decline_and_declining_the_unknown_is_harmless():
     leases.grant("a", seconds=30, now_s=0)
     leases.release(["a", "never-heard-of"])
     assert freed(leases, 1) == ({"a"}, set())
+
+
+@pytest.mark.parametrize(
+    "give_back",
+    [
+        pytest.param(lambda leases: leases.release(["a"]), id="released"),
+        pytest.param(lambda leases: leases.done("a", "reader", 1), id="read"),
+    ],
+)
+def test_waiting_for_a_release_ends_with_it(give_back):
+    leases = LeaseTable()
+    leases.grant("a", seconds=30, now_s=0)
+    waiting = threading.Thread(target=leases.await_release, args=(60,))
+    waiting.start()
+    give_back(leases)
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+def test_waiting_ends_at_once_when_nothing_is_held_and_in_time_when_nothing_is_released():
+    leases = LeaseTable()
+    leases.await_release(longest_s=60)
+    leases.grant("a", seconds=30, now_s=0)
+    leases.await_release(longest_s=0.01)
+    assert len(leases) == 1
