@@ -94,8 +94,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
         self._worker: WorkerHalf | None = None
-        self._pace_of_reads = Pace(longest_rest_s=0.003)
-        self._pace_of_leases = Pace(longest_rest_s=0.02)
+        self._pace = Pace()
         self._stats = TransferStats()
         self._numbers: dict[str, TransferNumbers] = {}
         if role is KVConnectorRole.SCHEDULER:
@@ -243,11 +242,10 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     def _rest(self) -> None:
         if self._decode is not None and self._decode.waits:
             # Ranks tell of their reads in steps: what the pause saves in work it costs in latency.
-            time.sleep(self._pace_of_reads.next_rest_s())
+            time.sleep(self._pace.next_rest_s(longest_s=0.003))
         elif self._prefill is not None:
-            self._prefill.rest(self._pace_of_leases.next_rest_s())
-        self._pace_of_reads.rested()
-        self._pace_of_leases.rested()
+            self._prefill.rest(self._pace.next_rest_s(longest_s=0.02))
+        self._pace.rested()
 
     # Both
 

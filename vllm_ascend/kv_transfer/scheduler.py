@@ -60,14 +60,13 @@ class Pace:
     the threads that read, or the engine beside this one that reads from it.
     """
 
-    def __init__(self, longest_rest_s: float) -> None:
-        self._longest_rest_s = longest_rest_s
+    def __init__(self) -> None:
         self._rested_at_s = time.monotonic()
 
-    def next_rest_s(self) -> float:
-        """Seconds to pause now."""
+    def next_rest_s(self, longest_s: float) -> float:
+        """Seconds to pause now, `longest_s` at the most."""
         worked_s = time.monotonic() - self._rested_at_s
-        return min(self._longest_rest_s, _REST_PER_WORK * worked_s)
+        return min(longest_s, _REST_PER_WORK * worked_s)
 
     def rested(self) -> None:
         """The pause is over; the next step's work begins."""
