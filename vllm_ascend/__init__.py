@@ -11,10 +11,13 @@ def register() -> str:
     return "vllm_ascend.platform.NPUPlatform"
 
 
-def register_connectors() -> None:
-    """Make `kv_connector: "MooncakeConnectorV1"` known to vLLM, which imports the class on first use."""
+def prepare_process() -> None:
+    """Name the connector `MooncakeConnectorV1` to vLLM, which imports its class on first use; spare the host."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from vllm_ascend.compat import sleep_while_waiting_where_cores_are_few
 
     KVConnectorFactory.register_connector(
         "MooncakeConnectorV1", "vllm_ascend.kv_transfer.connector", "MooncakeConnector"
     )
+    sleep_while_waiting_where_cores_are_few()

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 
 import torch
+
+CORES_TO_SPIN = 4
+"""Cores of the host per device from which on waiting may keep one busy; servers with cards have 20 and more."""
 
 
 @contextmanager
@@ -28,3 +33,19 @@ def cuda_streams_are_npu_streams() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch.cuda, name, original)
+
+
+def sleep_while_waiting_where_cores_are_few() -> None:
+    """Readers of vLLM's shared-memory queues sleep at once when no message is there, on hosts with few cores.
+
+    Why: they ask again and again for a second after each message, each rank on a core of its own, before they
+    sleep. Where ranks share cores (the emulated device on a workstation, a container with a few cores), that
+    second is taken from the ranks and the transfers that they wait for.
+    Until: `SpinCondition.busy_loop_s` can be set from outside, by environment or by the platform.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cores < CORES_TO_SPIN * torch.get_device_module("npu").device_count():
+        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+        spinning = SpinCondition.__init__
+        SpinCondition.__init__ = partialmethod(spinning, busy_loop_s=0)  # type: ignore[method-assign, assignment]

@@ -12,9 +12,6 @@ from servers import Server, engine, router, wait_all
 
 MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
 NUM_BLOCKS = 80
-# A dozen processes share two cores here: answers of peers and of the transfer engine may take long.
-PATIENCE = {"lease_s": 30.0, "peer_timeout_s": 30.0}
-TRANSFER_PATIENCE = {"MC_TRANSFER_TIMEOUT": "90"}
 
 
 def connector(role: str, **more: Any) -> dict[str, Any]:
@@ -51,12 +48,10 @@ def start_fleet(log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int)
     log_dir.mkdir()
 
     def serve(name: str, devices: Sequence[int], role: str | None = None) -> Server:
-        config = None if role is None else connector(role, kv_connector_extra_config=PATIENCE)
-        server = engine(
+        config = None if role is None else connector(role)
+        return engine(
             name, MODEL, devices=devices, log_dir=log_dir, kv_transfer_config=config, options=options
         )
-        server.environment |= TRANSFER_PATIENCE
-        return server
 
     prefill = serve("prefill", range(prefill_tp), "kv_producer")
     decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer")

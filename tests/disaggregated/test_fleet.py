@@ -2,7 +2,6 @@
 """Engines of different sizes behind the router answer as one engine does, and move no more than they must."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,7 @@ from recall import Question, make_question
     scope="module",
     params=[
         pytest.param((2, 1, 128), id="prefill TP 2, decode TP 1, blocks of 128"),
-        pytest.param(
-            (4, 2, 16),
-            id="prefill TP 4, decode TP 2, blocks of 16",
-            marks=pytest.mark.skipif(
-                (os.cpu_count() or 1) < 4,
-                reason="eleven processes: on fewer than four cores reads time out and the requests fail",
-            ),
-        ),
+        pytest.param((4, 2, 16), id="prefill TP 4, decode TP 2, blocks of 16"),
     ],
 )
 def fleet(request: pytest.FixtureRequest, log_dir: Path) -> Iterator[Fleet]:

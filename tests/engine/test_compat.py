@@ -2,7 +2,11 @@
 """Workarounds for vLLM leave torch as they found it."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 
 from vllm_ascend.compat import cuda_streams_are_npu_streams
@@ -17,3 +21,37 @@ def test_cuda_streams_are_npu_streams_inside_and_what_they_were_after() -> None:
         assert isinstance(torch.cuda.Event(blocking=True), torch.npu.Event)
         raise ArithmeticError
     assert [getattr(torch.cuda, name) for name in NAMES] == before
+
+
+WAIT_FOR_A_MESSAGE = """
+import os, threading, time
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from vllm_ascend import prepare_process
+prepare_process()
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+writer = MessageQueue(n_reader=1, n_local_reader=1)
+reader = MessageQueue.create_from_handle(writer.export_handle(), rank=0)
+threading.Thread(target=reader.wait_until_ready).start()
+writer.wait_until_ready()
+writer.enqueue("first")
+assert reader.dequeue() == "first"
+threading.Timer(0.5, writer.enqueue, ["second"]).start()
+before_s = time.thread_time()
+assert reader.dequeue(timeout=10) == "second"
+print(time.thread_time() - before_s)
+"""
+
+
+@pytest.mark.parametrize(("devices", "sleeps"), [("0", True), ("", False)], ids=["one device", "no device"])
+def test_a_reader_without_a_message_leaves_the_core_where_cores_are_few(devices: str, sleeps: bool) -> None:
+    """Half a second of waiting on a machine of one core, measured as time that the reader spent on it."""
+    printed = subprocess.run(
+        [sys.executable, "-c", WAIT_FOR_A_MESSAGE],
+        env=os.environ | {"ASCEND_RT_VISIBLE_DEVICES": devices},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert (float(printed.splitlines()[-1]) < 0.1) == sleeps
