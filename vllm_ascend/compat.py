@@ -11,7 +11,7 @@ from functools import partialmethod
 import torch
 
 CORES_TO_SPIN = 4
-"""Cores of the host per device from which on waiting may keep one busy; servers with cards have 20 and more."""
+"""Cores of the host per device from which on a waiting rank may keep one busy; servers with cards have 20."""
 
 
 @contextmanager
