@@ -12,7 +12,7 @@ def register() -> str:
 
 
 def prepare_process() -> None:
-    """Name the connector `MooncakeConnectorV1` to vLLM, which imports its class on first use; spare the host."""
+    """Name the connector `MooncakeConnectorV1` to vLLM, which imports its class on first use; spare cores."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from vllm_ascend.compat import sleep_while_waiting_where_cores_are_few

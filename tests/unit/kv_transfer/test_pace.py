@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step that has nothing to run rests twice as long as the last one worked, and never longer than allowed."""
+"""A step with nothing to run rests twice as long as the last one worked, and never longer than allowed."""
 
 import time
 
