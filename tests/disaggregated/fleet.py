@@ -11,6 +11,7 @@ from recall import Question
 from servers import Server, engine, router, wait_all
 
 MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
+MODEL_NAME = "recall"
 NUM_BLOCKS = 80
 
 
@@ -23,6 +24,7 @@ def engine_options(block_size: int) -> tuple[str, ...]:
     return (
         *("--block-size", str(block_size), "--max-model-len", "1024"),
         *("--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-num-seqs", "16"),
+        *("--served-model-name", MODEL_NAME),
     )
 
 
@@ -30,6 +32,7 @@ def engine_options(block_size: int) -> tuple[str, ...]:
 class Fleet:
     """A prefill engine, a decode engine, the router before them, and one ordinary engine to compare with."""
 
+    model: Path
     block_size: int
     prefill: Server
     decode: Server
@@ -41,7 +44,9 @@ class Fleet:
         return [self.prefill, self.decode, self.ordinary, self.front]
 
 
-def start_fleet(log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int) -> Iterator[Fleet]:
+def start_fleet(
+    log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int, model: Path = MODEL
+) -> Iterator[Fleet]:
     """Start a fleet, yield it, stop every process of it."""
     options = engine_options(block_size)
     log_dir = log_dir / f"tp-{prefill_tp}-to-{decode_tp}"
@@ -50,13 +55,13 @@ def start_fleet(log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int)
     def serve(name: str, devices: Sequence[int], role: str | None = None) -> Server:
         config = None if role is None else connector(role)
         return engine(
-            name, MODEL, devices=devices, log_dir=log_dir, kv_transfer_config=config, options=options
+            name, model, devices=devices, log_dir=log_dir, kv_transfer_config=config, options=options
         )
 
     prefill = serve("prefill", range(prefill_tp), "kv_producer")
     decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer")
     ordinary = serve("ordinary", [7])
-    fleet = Fleet(block_size, prefill, decode, router([prefill], [decode], log_dir), ordinary)
+    fleet = Fleet(model, block_size, prefill, decode, router([prefill], [decode], log_dir), ordinary)
     try:
         for server in fleet.servers:
             server.start()
@@ -74,7 +79,7 @@ def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:
 
 def body(question: Question, **more: Any) -> dict[str, Any]:
     return {
-        "model": str(MODEL),
+        "model": MODEL_NAME,
         "prompt": question.prompt,
         "max_tokens": question.num_answer_tokens,
         "temperature": 0,

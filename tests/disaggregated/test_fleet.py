@@ -93,7 +93,7 @@ def test_each_request_says_what_it_moved(fleet: Fleet):
     question = make_question(7000, 2 * fleet.block_size + 5)
     pulled: dict[str, Any] = complete(fleet.front, question)["kv_transfer_params"]
     # 2 K/V x 3 blocks x tokens x 4 KV heads x head size x 2 bytes, over all layers of the model
-    config = json.loads((Path(str(body(question)["model"])) / "config.json").read_text())
+    config = json.loads((fleet.model / "config.json").read_text())
     token_bytes = 2 * config["num_hidden_layers"] * 4 * config["head_dim"] * 2
     assert pulled["tokens"] == 2 * fleet.block_size + 4
     assert pulled["blocks"] == 3
