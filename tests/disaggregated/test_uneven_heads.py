@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill TP 3 feeds decode TP 2: ranks hold 2 and 3 of 6 KV heads, so no rank's heads are another's whole."""
+"""Prefill TP 3 feeds decode TP 2: ranks hold 2 and 3 of 6 KV heads, none a part of another's."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall model with 12 attention heads and 6 KV heads, so that tensor parallel may be 3: the same function.
+"""The recall model with 12 attention heads and 6 KV heads, so that tensor parallel may be 3.
 
-KV heads 0 and 1 are there twice, each copy with one of the two queries that the head has; a query of zeros in
-every copy's other place keeps two queries per KV head. So every KV head has work of its own still: none may be
-lost, swapped or stale. Vocabulary and MLP are padded to sizes that 2 and 3 divide, with rows that repeat `<pad>`
-and never win, and with units that give nothing.
+It is the same function. KV heads 0 and 1 are there twice, each copy with one of the two queries that the head
+has; a query of zeros in every copy's other place keeps two queries per KV head. So every KV head has work of
+its own still: none may be lost, swapped or stale. Vocabulary and MLP are padded to sizes that 2 and 3 divide,
+with rows that repeat `<pad>` and never win, and with units that give nothing.
 """
 
 import json
@@ -43,8 +43,9 @@ def write_widened(source: Path, folder: Path) -> Path:
     }
     config = json.loads((source / "config.json").read_text()) | sizes
     (folder / "config.json").write_text(json.dumps(config))
-    weights = {name: _widened(name, weight) for name, weight in load_file(source / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(source / "model.safetensors")
+    widened = {name: _widened(name, weight) for name, weight in weights.items()}
+    save_file(widened, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
