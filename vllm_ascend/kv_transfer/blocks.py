@@ -64,11 +64,14 @@ def kernel_blocks(blocks: Sequence[int], per_block: int) -> Ints:
 
 
 def neighbours(remote: Ints, local: Ints, longest: int) -> BlockRuns:
-    """Group pairs (remote[i], local[i]) into runs that ascend by one on both sides.
+    """Group pairs (remote[i], local[i]), in whatever order, into runs that ascend by one on both sides.
 
     No run exceeds `longest` blocks.
     """
     assert len(remote) == len(local)
+    # vLLM frees a request's blocks last one first, and hands them out so: they are neighbours still.
+    order = np.argsort(local, kind="stable")
+    remote, local = remote[order], local[order]
     if len(remote) == 0:
         empty = np.empty(0, dtype=np.int64)
         return BlockRuns(empty, empty, empty)

@@ -15,7 +15,7 @@ from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache
 from vllm_ascend.kv_transfer.messages import Engine, RankRegions, check_same_cache
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair
-from vllm_ascend.kv_transfer.topology import first_turn, heads_on, turns
+from vllm_ascend.kv_transfer.topology import heads_on, num_turns, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Session
 
 
@@ -51,12 +51,12 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
             f"{protocol!r}; set the same protocol in kv_connector_extra_config of both"
         )
     ranks = [_memory_of(rank, peer, local) for rank in peer.ranks]
-    num_turns = turns([rank.heads for rank in ranks])
+    held_by_rank = [heads_on(rank, sizes.tp_size, peer.cache.num_kv_heads) for rank in range(sizes.tp_size)]
     own = local.rank
     return PrefillEngine(
         sessions=tuple(Session(rank.session) for rank in peer.ranks),
-        plans=tuple(plan_pair(local.memory, ranks, turn) for turn in range(num_turns)),
-        turn=itertools.count(first_turn(own.tp_rank, own.tp_size, local.description.num_kv_heads)),
+        plans=tuple(plan_pair(local.memory, ranks, turn) for turn in range(num_turns(held_by_rank))),
+        turn=turns_of(own.tp_rank, own.tp_size, local.description.num_kv_heads),
     )
 
 

@@ -9,6 +9,7 @@ that store the same heads one is picked, a different one each turn, so that no c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,15 +69,20 @@ def plan_head_reads(wanted: Span, held_by_rank: Sequence[Span], turn: int) -> tu
     return tuple(reads)
 
 
-def turns(held_by_rank: Sequence[Span]) -> int:
+def num_turns(held_by_rank: Sequence[Span]) -> int:
     """After how many turns the choice among copies repeats, for every head at once."""
     return math.lcm(*(sum(held == span for held in held_by_rank) for span in held_by_rank))
 
 
-def first_turn(rank: int, tp_size: int, num_kv_heads: int) -> int:
-    """The turn at which `rank` starts, so that ranks wanting the same heads start at different copies."""
+def turns_of(rank: int, tp_size: int, num_kv_heads: int) -> itertools.count[int]:
+    """The turns at which decode rank `rank` reads, request after request.
+
+    Ranks that want the same heads share the turns out among themselves, so that together they use each once:
+    over any number of requests, copies on the prefill side are read equally often, give or take one.
+    """
     wanted = heads_on(rank, tp_size, num_kv_heads)
-    return sum(heads_on(lower, tp_size, num_kv_heads) == wanted for lower in range(rank))
+    sharing = [other for other in range(tp_size) if heads_on(other, tp_size, num_kv_heads) == wanted]
+    return itertools.count(sharing.index(rank), len(sharing))
 
 
 def _pick(head: int, held_by_rank: Sequence[Span], turn: int) -> tuple[int, int]:

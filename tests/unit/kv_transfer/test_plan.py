@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes are read: hand-written ranges for small pages, and laws over every valid pair of sizes."""
+"""Which bytes are read: hand-written ranges for small pages. `test_plan_laws.py` has the laws."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 from vllm_ascend.attention.cache_layout import PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
 from vllm_ascend.kv_transfer.blocks import BlockRuns, neighbours
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
-from vllm_ascend.kv_transfer.topology import Span, first_turn, heads_on
-from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
-
-HEAD_SIZE, HEAD_BYTES = 16, 32
+from vllm_ascend.kv_transfer.topology import Span
+from vllm_ascend.kv_transfer.transport import Address, Copies
 
 
 def rank_memory(heads: tuple[int, int], base: int, layers: int = 1, head_size: int = 16) -> RankMemory:
@@ -172,99 +168,3 @@ def test_a_block_listed_twice_is_not_run():
     plan = plan_pair(local, [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match="blocks distinct: False"):
         prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
-
-
-# Laws, on real memory.
-
-BLOCK_SIZE, NUM_BLOCKS, LAYERS = 2, 6, 2
-UNTOUCHED = 0xEE
-
-
-class Cache:
-    """One rank's cache: bytes [layer, block, K/V, token, head, byte] that hold `content`."""
-
-    def __init__(self, heads: Span, content: np.ndarray) -> None:
-        self.bytes = np.ascontiguousarray(content)
-        page = PageLayout(BLOCK_SIZE, len(heads), HEAD_SIZE, itemsize_bytes=2)
-        layer_bytes = NUM_BLOCKS * page.page_bytes
-        assert self.bytes.nbytes == LAYERS * layer_bytes
-        self.region = Region(Address(self.bytes.ctypes.data), self.bytes.nbytes)
-        self.memory = RankMemory(
-            heads,
-            page,
-            NUM_BLOCKS,
-            tuple(f"layer.{i}" for i in range(LAYERS)),
-            tuple(Address(self.bytes.ctypes.data + i * layer_bytes) for i in range(LAYERS)),
-        )
-
-
-def regrouped(cache: Cache, runs: BlockRuns, shares: int) -> np.ndarray:
-    """What a regroup has to do, written with plain indexing."""
-    result = cache.bytes.copy()
-    heads = len(cache.memory.heads)
-    pieces = cache.bytes.reshape(LAYERS, NUM_BLOCKS * shares, 2, BLOCK_SIZE, heads // shares, HEAD_BYTES)
-    for block, positions in zip(runs.local_blocks(), share_positions(runs, shares), strict=True):
-        result[:, block] = np.concatenate([pieces[:, position] for position in positions], axis=3)
-    return result
-
-
-@st.composite
-def transfers(draw):
-    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
-    tp_sizes = [n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
-    num_blocks = draw(st.integers(1, NUM_BLOCKS))
-    ids = st.permutations(range(NUM_BLOCKS))
-    return (
-        num_kv_heads,
-        draw(st.sampled_from(tp_sizes)),
-        draw(st.sampled_from(tp_sizes)),
-        draw(ids)[:num_blocks],
-        draw(ids)[:num_blocks],
-        draw(st.integers(1, 4)),
-        draw(st.integers(0, 5)),
-    )
-
-
-@given(transfers())
-def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_changes(transfer):
-    num_kv_heads, prefill_tp, decode_tp, remote_blocks, local_blocks, longest, turn = transfer
-    rng = np.random.default_rng(0)
-    shape = (LAYERS, NUM_BLOCKS, 2, BLOCK_SIZE, num_kv_heads, HEAD_BYTES)
-    reference = rng.integers(0, 200, shape, dtype=np.uint8)
-    spans = [heads_on(rank, prefill_tp, num_kv_heads) for rank in range(prefill_tp)]
-    prefill = [Cache(span, reference[..., span.start : span.stop, :]) for span in spans]
-    cluster = {Session(str(rank)): [cache.region] for rank, cache in enumerate(prefill)}
-    runs = neighbours(np.array(remote_blocks), np.array(local_blocks), longest)
-
-    for rank in range(decode_tp):
-        heads = heads_on(rank, decode_tp, num_kv_heads)
-        expected = np.full((*shape[:4], len(heads), HEAD_BYTES), UNTOUCHED, dtype=np.uint8)
-        decode = Cache(heads, expected.copy())
-        expected[:, local_blocks] = reference[:, remote_blocks, :, :, heads.start : heads.stop]
-
-        start = first_turn(rank, decode_tp, num_kv_heads)
-        plan = plan_pair(decode.memory, [cache.memory for cache in prefill], start + turn)
-        copies = plan.copies(runs)
-        prove_cover(decode.memory, runs, [part for _, part in copies])
-        transport = InProcessTransport(Session("decode"), {**cluster, Session("decode"): [decode.region]})
-        for source, part in copies:
-            transport.read(Session(str(source)), part)
-
-        assert np.array_equal(regrouped(decode, runs, plan.shares), expected)
-
-
-@given(transfers())
-def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
-    num_kv_heads, prefill_tp, decode_tp, remote_blocks, local_blocks, longest, turn = transfer
-    assume(prefill_tp % decode_tp == 0)
-    page = PageLayout(BLOCK_SIZE, 1, HEAD_SIZE, 2)
-    spans = [heads_on(rank, prefill_tp, num_kv_heads) for rank in range(prefill_tp)]
-    prefill = [
-        RankMemory(span, page.with_heads(len(span)), NUM_BLOCKS, ("layer",), (Address(4096 * rank),))
-        for rank, span in enumerate(spans)
-    ]
-    heads = heads_on(0, decode_tp, num_kv_heads)
-    local = RankMemory(heads, page.with_heads(len(heads)), NUM_BLOCKS, ("layer",), (Address(0),))
-    runs = neighbours(np.array(remote_blocks), np.array(local_blocks), longest)
-    plan = plan_pair(local, prefill, turn)
-    assert [len(copies) for _, copies in plan.copies(runs)] == [len(runs.length)] * plan.shares
