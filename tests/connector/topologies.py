@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of pairs of engines that `test_transfer.py` carries KV between, each row a kind of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Side:
+    """One engine."""
+
+    tp_size: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prefill engine, a decode engine, and the KV heads of their model."""
+
+    prefill: Side
+    decode: Side
+    num_kv_heads: int
+
+    def __str__(self) -> str:
+        return f"TP {self.prefill.tp_size} to TP {self.decode.tp_size}, {self.num_kv_heads} heads"
+
+
+TABLE = (
+    # As many ranks on both sides: pages move whole, from twin to twin.
+    Pair(Side(1), Side(1), 4),
+    Pair(Side(2), Side(2), 8),
+    Pair(Side(8), Side(8), 8),
+    # More prefill ranks, down to one: pages move whole and are regrouped.
+    Pair(Side(2), Side(1), 4),
+    Pair(Side(2), Side(1), 8),
+    Pair(Side(4), Side(1), 4),
+    Pair(Side(4), Side(2), 8),
+    Pair(Side(8), Side(1), 8),
+    Pair(Side(8), Side(2), 8),
+    Pair(Side(3), Side(1), 6),
+    # Fewer prefill ranks: each decode rank reads its rows of a page.
+    Pair(Side(1), Side(2), 4),
+    Pair(Side(1), Side(8), 8),
+    Pair(Side(2), Side(4), 8),
+    Pair(Side(1), Side(3), 6),
+    # Sizes that do not divide one another.
+    Pair(Side(3), Side(2), 6),
+    Pair(Side(2), Side(3), 6),
+    Pair(Side(6), Side(4), 12),
+    Pair(Side(4), Side(6), 12),
+    # More ranks than heads: copies, on either side and on both.
+    Pair(Side(8), Side(1), 4),
+    Pair(Side(8), Side(1), 1),
+    Pair(Side(8), Side(4), 2),
+    Pair(Side(4), Side(8), 4),
+    Pair(Side(2), Side(8), 2),
+    Pair(Side(1), Side(8), 1),
+    Pair(Side(8), Side(8), 4),
+    Pair(Side(6), Side(4), 2),
+    Pair(Side(4), Side(6), 2),
+    # Multi-head attention: as many KV heads as heads of queries.
+    Pair(Side(2), Side(1), 24),
+    Pair(Side(1), Side(4), 24),
+)
