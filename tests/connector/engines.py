@@ -54,7 +54,13 @@ def model_folder(folder: Path, num_kv_heads: int, **changes: Any) -> Path:
 
 
 def engine_config(
-    model: Path, tp_size: int, role: str, extra: Mapping[str, Any] | None = None, **transfer: Any
+    model: Path,
+    tp_size: int,
+    role: str,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    block_size: int = BLOCK_SIZE,
+    **transfer: Any,
 ) -> VllmConfig:
     """The configuration that `vllm serve` would make; port 0 unless `transfer` says otherwise."""
     return VllmConfig(
@@ -66,7 +72,7 @@ def engine_config(
             served_model_name="recall",
             enforce_eager=True,
         ),
-        cache_config=CacheConfig(block_size=BLOCK_SIZE),
+        cache_config=CacheConfig(block_size=block_size),
         parallel_config=ParallelConfig(tensor_parallel_size=tp_size),
         kv_transfer_config=KVTransferConfig(
             kv_connector="MooncakeConnectorV1",
@@ -81,9 +87,9 @@ def engine_config(
     )
 
 
-def cache_config(num_kv_heads: int, tp_size: int) -> KVCacheConfig:
+def cache_config(num_kv_heads: int, tp_size: int, block_size: int = BLOCK_SIZE) -> KVCacheConfig:
     spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         num_kv_heads=max(1, num_kv_heads // tp_size),
         head_size=HEAD_SIZE,
         dtype=torch.bfloat16,
@@ -100,7 +106,8 @@ class Engine:
     def __init__(self, config: VllmConfig, num_kv_heads: int, pages_per_block: int = 1) -> None:
         """`pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler."""
         self.tp_size = config.parallel_config.tensor_parallel_size
-        self.caches = cache_config(num_kv_heads, self.tp_size)
+        block_size = config.cache_config.block_size
+        self.caches = cache_config(num_kv_heads, self.tp_size, block_size)
         heads = self.caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads
         self.layers = self.caches.kv_cache_groups[0].layer_names
         self._closing: list[MooncakeConnector] = []
@@ -109,8 +116,8 @@ class Engine:
         self.tensors = []
         for rank in range(self.tp_size):
             worker = self._connector(_at_rank(config, rank), KVConnectorRole.WORKER)
-            kernel_blocks, kernel_block_size = NUM_BLOCKS * pages_per_block, BLOCK_SIZE // pages_per_block
-            shape = (LAYERS, kernel_blocks, heads, kernel_block_size, 2 * HEAD_SIZE)
+            num_pages, page_size = NUM_BLOCKS * pages_per_block, block_size // pages_per_block
+            shape = (LAYERS, num_pages, heads, page_size, 2 * HEAD_SIZE)
             tensor = torch.zeros(shape, dtype=torch.bfloat16, device=device(rank))
             with torch.npu.device(device(rank)):
                 worker.register_kv_caches(dict(zip(self.layers, tensor, strict=True)))
@@ -122,10 +129,22 @@ class Engine:
         self._aggregator = KVOutputAggregator(self.tp_size)
 
     def pages(self, rank: int) -> torch.Tensor:
-        """The rank's cache, its own memory, as bits [layer, block, K/V, token, head, dim]."""
+        """The rank's cache, its own memory, as bits [layer, page, K/V, token, head, dim]."""
         tensor = self.tensors[rank]
-        layers, blocks, heads, block_size, content = tensor.shape
-        return tensor.view(torch.int16).view(layers, blocks, 2, block_size, heads, content // 2)
+        layers, num_pages, heads, page_size, content = tensor.shape
+        return tensor.view(torch.int16).view(layers, num_pages, 2, page_size, heads, content // 2)
+
+    def kv(self, rank: int) -> torch.Tensor:
+        """A copy of the rank's cache in main memory, as bits [layer, K/V, slot, head, dim]."""
+        layers, num_pages, halves, page_size, heads, dim = self.pages(rank).shape
+        by_half = self.pages(rank).cpu().transpose(1, 2)
+        return by_half.reshape(layers, halves, num_pages * page_size, heads, dim)
+
+    def fill(self, rank: int, kv: torch.Tensor) -> None:
+        """Set the rank's cache to `kv`, bits as `kv()` returns them."""
+        layers, num_pages, halves, page_size, heads, dim = self.pages(rank).shape
+        by_half = kv.reshape(layers, halves, num_pages, page_size, heads, dim)
+        self.pages(rank).copy_(by_half.transpose(1, 2).contiguous())
 
     def step(self) -> KVConnectorOutput:
         """One engine step with no request scheduled."""

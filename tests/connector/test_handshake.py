@@ -133,6 +133,7 @@ def remote(port: int, request_id: str, lease_s: float) -> RemotePrefill:
         remote_port=port,
         remote_block_ids=((1,),),
         remote_num_tokens=1,
+        remote_block_size=16,
         remote_lease_s=lease_s,
     )
 

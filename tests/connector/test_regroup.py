@@ -46,11 +46,11 @@ def test_heads_stand_side_by_side_and_nothing_else_changes(dtype, shares, run_st
     regroup.enter_thread()
 
     blocks = np.concatenate([np.arange(s, s + n) for s, n in zip(run_starts, run_lengths, strict=True)])
-    runs = neighbours(blocks, blocks, LONGEST_RUN)
+    runs = neighbours(blocks, blocks, 1, LONGEST_RUN)
     assert sorted(zip(runs.local_start, runs.length, strict=True)) == sorted(
         zip(run_starts, run_lengths, strict=True)
     )
-    regroup.run(runs.local_blocks(), share_positions(runs, shares), runs.length)
+    regroup.run(runs.local(), share_positions(runs, shares), runs.length)
 
     for layer, after in zip(before, on_device.cpu(), strict=True):
         expected = regrouped(layer, run_starts, run_lengths, shares)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,9 @@ UNTOUCHED = 0x5A5A
 # Tokens whose KV is wanted: a prompt has one more, which decode computes itself.
 PROMPTS = [
     pytest.param(1, id="one token"),
-    pytest.param(BLOCK_SIZE - 1, id="one token short of a block"),
     pytest.param(BLOCK_SIZE, id="a block"),
-    pytest.param(BLOCK_SIZE + 1, id="one token more than a block"),
-    pytest.param(4 * BLOCK_SIZE, id="four blocks"),
+    pytest.param(4 * BLOCK_SIZE - 1, id="one token short of four blocks"),
+    pytest.param(4 * BLOCK_SIZE + 1, id="one token more than four blocks"),
 ]
 
 REMOTE_BLOCKS = (17, 3, 4, 5, 22)
@@ -53,78 +53,97 @@ def heads_of(rank: int, tp_size: int, heads: int) -> slice:
     params=TABLE,
     ids=str,
 )
-def pair(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, int]]:
+def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, Pair]]:
     sizes: Pair = request.param
     heads = sizes.num_kv_heads
     folder = Path(tmp_path_factory.mktemp("model"))
     # 24 heads of queries: vLLM wants them divisible by every TP size of the table.
     model = model_folder(folder, heads, num_attention_heads=24, hidden_size=384)
-    prefill = Engine(engine_config(model, sizes.prefill.tp_size, "kv_producer"), heads)
-    decode = Engine(engine_config(model, sizes.decode.tp_size, "kv_consumer"), heads)
+    prefill, decode = (
+        Engine(
+            engine_config(model, side.tp_size, role, block_size=side.block_size), heads, side.pages_per_block
+        )
+        for side, role in ((sizes.prefill, "kv_producer"), (sizes.decode, "kv_consumer"))
+    )
     with running(prefill, decode):
-        yield prefill, decode, heads
+        yield prefill, decode, sizes
 
 
 @pytest.fixture
-def reference(pair: tuple[Engine, Engine, int]) -> torch.Tensor:
-    """Random bits [layer, block, K/V, token, head, dim], every prefill rank's slice of them in its cache."""
-    prefill, decode, heads = pair
-    shape = (LAYERS, NUM_BLOCKS, 2, BLOCK_SIZE, heads, HEAD_SIZE)
+def reference(engines: tuple[Engine, Engine, Pair]) -> torch.Tensor:
+    """Random bits [layer, K/V, slot, head, dim], every prefill rank's slice of them in its cache."""
+    prefill, decode, sizes = engines
+    shape = (LAYERS, 2, NUM_BLOCKS * sizes.prefill.block_size, sizes.num_kv_heads, HEAD_SIZE)
     bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
     for rank in range(prefill.tp_size):
-        prefill.pages(rank).copy_(bits[..., heads_of(rank, prefill.tp_size, heads), :])
+        prefill.fill(rank, bits[..., heads_of(rank, prefill.tp_size, sizes.num_kv_heads), :])
     for rank in range(decode.tp_size):
         decode.pages(rank).fill_(UNTOUCHED)
     return bits
 
 
-@pytest.mark.parametrize("num_tokens", PROMPTS)
-def test_bytes(pair, reference, num_tokens):
-    prefill, decode, heads = pair
-    num_prompt_tokens = num_tokens + 1
-    num_blocks = -(-num_tokens // BLOCK_SIZE)
-    remote, local = list(REMOTE_BLOCKS[:num_blocks]), list(LOCAL_BLOCKS[:num_blocks])
-    last = [23] if num_prompt_tokens > num_blocks * BLOCK_SIZE else []
+def slots_of(num_tokens: int, blocks: Sequence[int], block_size: int) -> list[int]:
+    return [blocks[token // block_size] * block_size + token % block_size for token in range(num_tokens)]
 
-    params = prefilled(prefill, f"p-{num_tokens}", num_prompt_tokens, remote + last)
-    wanted, num_external = admit(decode, f"d-{num_tokens}", num_prompt_tokens, local + last, params)
+
+@pytest.mark.parametrize("num_tokens", PROMPTS)
+def test_bytes(engines, reference, num_tokens):
+    prefill, decode, sizes = engines
+    heads = sizes.num_kv_heads
+    num_prompt_tokens = num_tokens + 1
+    remote, local = (
+        blocks[: -(-num_prompt_tokens // side.block_size)]
+        for blocks, side in ((REMOTE_BLOCKS, sizes.prefill), (LOCAL_BLOCKS, sizes.decode))
+    )
+    # Whole pages move where they are alike, and otherwise what ends with a page that either side could have.
+    step = math.gcd(sizes.prefill.page_size, sizes.decode.page_size)
+    num_pulled = -(-num_tokens // step) * step
+
+    params = prefilled(prefill, f"p-{num_tokens}", num_prompt_tokens, remote)
+    wanted, num_external = admit(decode, f"d-{num_tokens}", num_prompt_tokens, local, params)
     assert num_external == num_tokens
     output = decode.step_until(lambda output: bool(output.finished_recving))
 
     assert output.finished_recving == {f"d-{num_tokens}"}
     assert not output.failed_recving
+    sources = slots_of(num_pulled, remote, sizes.prefill.block_size)
+    targets = slots_of(num_pulled, local, sizes.decode.block_size)
     for rank in range(decode.tp_size):
         own = heads_of(rank, decode.tp_size, heads)
-        expected = torch.full_like(reference[..., own, :], UNTOUCHED)
-        expected[:, local] = reference[:, remote][..., own, :]
-        assert torch.equal(decode.pages(rank).cpu(), expected), f"decode rank {rank}"
+        found = decode.kv(rank)
+        expected = torch.full_like(found, UNTOUCHED)
+        expected[:, :, targets] = reference[:, :, sources][..., own, :]
+        assert torch.equal(found, expected), f"decode rank {rank}"
 
     freed = prefill.step_until(lambda output: bool(output.finished_sending))
     assert freed.finished_sending == {f"p-{num_tokens}"}
 
     transfer = finish(decode, wanted)
-    page_bytes = 2 * BLOCK_SIZE * HEAD_SIZE * 2
     copies = max(1, decode.tp_size // heads)
-    assert transfer["bytes"] == LAYERS * num_blocks * page_bytes * heads * copies
+    assert transfer["bytes"] == LAYERS * 2 * num_pulled * HEAD_SIZE * 2 * heads * copies
     assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_prompt_tokens, num_tokens)
-    assert transfer["blocks"] == num_blocks
+    assert transfer["blocks"] == -(-num_tokens // sizes.decode.block_size)
     assert set(transfer["sources"]) <= set(range(prefill.tp_size))
 
 
-def test_blocks_that_attention_cuts_into_smaller_ones(tmp_path):
-    model = model_folder(tmp_path, 4)
-    prefill = Engine(engine_config(model, 2, "kv_producer"), 4, pages_per_block=2)
-    decode = Engine(engine_config(model, 1, "kv_consumer"), 4, pages_per_block=2)
+def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):
+    model = model_folder(tmp_path, 2)
+    prefill = Engine(engine_config(model, 1, "kv_producer", block_size=64), 2)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), 2)
     with running(prefill, decode):
-        for rank in range(2):
-            prefill.pages(rank).random_()
-        params = prefilled(prefill, "p", 2 * BLOCK_SIZE, [5, 2])
-        admit(decode, "d", 2 * BLOCK_SIZE, [7, 8], params)
+        prefill.pages(0).random_()
+        decode.pages(0).fill_(UNTOUCHED)
+        params = prefilled(prefill, "p", 97, [5, 2])
+        _, num_external = admit(decode, "d", 97, [7, 8, 4, 1, 9, 12, 13], params, cached=48)
+        assert num_external == 48
         decode.step_until(lambda output: output.finished_recving == {"d"})
-        sources, pulled = [10, 11, 4, 5], [14, 15, 16, 17]
-        for rank in range(2):
-            own = decode.pages(0).cpu()[:, pulled, ..., 2 * rank : 2 * rank + 2, :]
-            assert torch.equal(own, prefill.pages(rank).cpu()[:, sources])
+        found = decode.kv(0)
+        expected = torch.full_like(found, UNTOUCHED)
+        # Tokens 48 to 63 are at the end of block 5 there, 64 to 95 at the start of block 2.
+        expected[:, :, 1 * 16 : 2 * 16] = prefill.kv(0)[:, :, 5 * 64 + 48 : 6 * 64]
+        expected[:, :, 9 * 16 : 10 * 16] = prefill.kv(0)[:, :, 2 * 64 : 2 * 64 + 16]
+        expected[:, :, 12 * 16 : 13 * 16] = prefill.kv(0)[:, :, 2 * 64 + 16 : 2 * 64 + 32]
+        assert torch.equal(found, expected)
 
 
 def test_ranks_with_the_same_heads_are_read_in_turn(tmp_path):

@@ -11,6 +11,17 @@ class Side:
     """One engine."""
 
     tp_size: int
+    block_size: int = 16
+    pages_per_block: int = 1
+    """Into how many blocks of its own attention cuts a block of the scheduler."""
+
+    @property
+    def page_size(self) -> int:
+        return self.block_size // self.pages_per_block
+
+    def __str__(self) -> str:
+        pages = f" in {self.pages_per_block} pages" if self.pages_per_block > 1 else ""
+        return f"TP {self.tp_size}, blocks of {self.block_size}{pages}"
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Pair:
     num_kv_heads: int
 
     def __str__(self) -> str:
-        return f"TP {self.prefill.tp_size} to TP {self.decode.tp_size}, {self.num_kv_heads} heads"
+        return f"{self.prefill}, to {self.decode}; {self.num_kv_heads} heads"
 
 
 TABLE = (
@@ -61,4 +72,14 @@ TABLE = (
     # Multi-head attention: as many KV heads as heads of queries.
     Pair(Side(2), Side(1), 24),
     Pair(Side(1), Side(4), 24),
+    # Blocks of different sizes, and blocks that attention cuts into pages.
+    Pair(Side(1, 16), Side(1, 32), 4),
+    Pair(Side(1, 32), Side(1, 16), 4),
+    Pair(Side(2, 16), Side(1, 32), 4),
+    Pair(Side(1, 64), Side(2, 16), 4),
+    Pair(Side(1, 32), Side(1, 48), 2),
+    Pair(Side(2, 32, 2), Side(1, 32, 2), 4),
+    Pair(Side(2, 64, 4), Side(1, 32, 2), 4),
+    Pair(Side(1, 32, 2), Side(1, 32), 4),
+    Pair(Side(3, 32), Side(2, 64, 4), 6),
 )

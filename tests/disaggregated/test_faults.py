@@ -92,6 +92,7 @@ def test_a_peer_that_nobody_reaches_is_a_clean_error_and_the_next_request_works(
         "remote_port": free_port(),
         "remote_block_ids": [[1, 2, 3]],
         "remote_num_tokens": 300,
+        "remote_block_size": 128,
         "remote_lease_s": 30.0,
         "tp_size": 1,
     }

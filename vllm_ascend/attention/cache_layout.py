@@ -79,15 +79,19 @@ class PageLayout:
         """Bytes of a page: the distance from block to block."""
         return HALVES * self.half_bytes
 
-    def with_heads(self, num_heads: int) -> PageLayout:
-        """The same page for another number of heads."""
-        return PageLayout(self.block_size, num_heads, self.head_size, self.itemsize_bytes)
+    def of_size(self, block_size: int, num_heads: int) -> PageLayout:
+        """A page of the same elements, for other numbers of tokens and heads."""
+        return PageLayout(block_size, num_heads, self.head_size, self.itemsize_bytes)
 
-    def row_offsets(self, head: int) -> npt.NDArray[np.int64]:
-        """Where `head` of each token begins in the page, in bytes: K of all tokens, then V of all tokens."""
+    def row_offsets(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the tokens in `slots` begin, in bytes from page 0, as [K/V, slot].
+
+        A token's slot is its page times `block_size` plus its place in the page.
+        """
+        page, token = np.divmod(slots, self.block_size)
         halves = np.arange(HALVES, dtype=np.int64) * self.half_bytes
-        rows = np.arange(self.block_size, dtype=np.int64) * self.row_bytes
-        return np.add.outer(halves, rows).reshape(-1) + head * self.head_bytes
+        offsets: npt.NDArray[np.int64] = np.add.outer(halves, page * self.page_bytes + token * self.row_bytes)
+        return offsets
 
 
 def page_layout(kv_cache: torch.Tensor) -> PageLayout:

@@ -23,7 +23,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_ascend.kv_transfer.config import check_cache, options_of
 from vllm_ascend.kv_transfer.local import Rank, local_cache
-from vllm_ascend.kv_transfer.messages import CacheDescription, Engine, Parallel, Pull, RankRegions
+from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, Engine, Parallel, Pull, RankRegions
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
 from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
@@ -75,6 +75,7 @@ class Registered(KVConnectorHandshakeMetadata):
 
     protocol: str
     cache: CacheDescription
+    blocks: BlockSizes
     regions: RankRegions
 
 
@@ -99,11 +100,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._numbers: dict[str, TransferNumbers] = {}
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
-            self._decode = (
-                DecodeSide(vllm_config.cache_config.block_size)
-                if self._kv_transfer_config.is_kv_consumer
-                else None
-            )
+            self._decode = DecodeSide() if self._kv_transfer_config.is_kv_consumer else None
         else:
             # Started here, so that a missing library ends the engine before its cache is allocated.
             self._protocol = self._options.protocol or default_protocol()
@@ -119,7 +116,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, Rank(rank, tp_size, reader))
         self._worker = WorkerHalf(local, self._transport, self._protocol, self._options)
         self._registered = Registered(
-            self._protocol, local.description, local.for_peers(self._transport.session)
+            self._protocol, local.description, local.blocks, local.for_peers(self._transport.session)
         )
 
     def get_handshake_metadata(self) -> Registered:
@@ -182,6 +179,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
                 engine_id=self._prefill.engine_id,
                 protocol=ranks[0].protocol,
                 cache=ranks[0].cache,
+                blocks=ranks[0].blocks,
                 parallel=Parallel(
                     tp_size=parallel.tensor_parallel_size,
                     pp_size=parallel.pipeline_parallel_size,
@@ -283,4 +281,5 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             port=port + parallel.data_parallel_index if port else 0,
             lease_s=self._options.lease_s,
             tp_size=parallel.tensor_parallel_size,
+            block_size=self._vllm_config.cache_config.block_size,
         )

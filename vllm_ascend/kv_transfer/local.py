@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_ascend.attention.cache_layout import LAYOUT_NAME, PageLayout, page_layout
 from vllm_ascend.errors import ConfigError
-from vllm_ascend.kv_transfer.messages import CacheDescription, RankRegions
+from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, RankRegions
 from vllm_ascend.kv_transfer.plan import RankMemory
 from vllm_ascend.kv_transfer.topology import heads_on
 from vllm_ascend.kv_transfer.transport import Address, Region, Session
@@ -43,8 +43,8 @@ class LocalCache:
     """What a peer's must equal."""
     memory: RankMemory
     """Where the tensors lie."""
-    kernel_blocks_per_block: int
-    """Into how many pages attention cuts a block of the scheduler."""
+    blocks: BlockSizes
+    """How they are cut into blocks."""
 
     def regions(self) -> list[Region]:
         """The layers' memory, neighbours as one region: a card limits how many can be registered."""
@@ -87,9 +87,8 @@ def local_cache(
         head_size=page.head_size,
         cache_dtype=str(tensors[0].dtype).removeprefix("torch."),
         layout=LAYOUT_NAME,
-        block_size=vllm_config.cache_config.block_size,
-        kernel_block_size=page.block_size,
     )
+    blocks = BlockSizes(block_size=vllm_config.cache_config.block_size, page_size=page.block_size)
     memory = RankMemory(
         heads=heads_on(rank.tp_rank, rank.tp_size, description.num_kv_heads),
         page=page,
@@ -97,7 +96,7 @@ def local_cache(
         layers=layers,
         addresses=tuple(Address(tensor.data_ptr()) for tensor in tensors),
     )
-    return LocalCache(rank, tensors, description, memory, tensors[0].shape[0] // kv_cache_config.num_blocks)
+    return LocalCache(rank, tensors, description, memory, blocks)
 
 
 def _one_layout(tensors: tuple[torch.Tensor, ...]) -> PageLayout:

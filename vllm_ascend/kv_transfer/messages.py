@@ -16,8 +16,9 @@ import msgspec
 
 from vllm_ascend.errors import TopologyError, WireError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 # 1: first version; one KV cache group, regions per layer
+# 2: each engine says how it cuts its cache into blocks, which two engines may do differently
 
 T = TypeVar("T")
 
@@ -53,10 +54,15 @@ class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
     """Element type of the KV cache, such as bfloat16."""
     layout: str
     """Order of bytes in a page; see attention/cache_layout.py."""
-    block_size: int
+
+
+class BlockSizes(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine cuts its cache: the other side may do it otherwise."""
+
+    block_size: Size
     """Tokens per block of vLLM's scheduler."""
-    kernel_block_size: int
-    """Tokens per page, which is the block that attention uses."""
+    page_size: Size
+    """Tokens per page, which is the block that attention uses; divides `block_size`."""
 
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +99,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     protocol: Name
     """The transfer engine's protocol; both sides must use the same."""
     cache: CacheDescription
+    blocks: BlockSizes
     parallel: Parallel
     ranks: Annotated[tuple[RankRegions, ...], msgspec.Meta(max_length=65536)]
 
@@ -162,6 +169,8 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """For each KV cache group, the request's blocks in token order."""
     remote_num_tokens: Index
     """Prompt tokens whose KV is in these blocks."""
+    remote_block_size: Size
+    """Tokens per block."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""
 
@@ -182,12 +191,12 @@ class Pull:
 
     request_id: str
     remote: RemotePrefill
-    remote_blocks: tuple[int, ...]
-    """Blocks to read, in token order; those of a prefix hit are not among them."""
     local_blocks: tuple[int, ...]
-    """Where they go, one for one."""
+    """The request's blocks here, in token order, as `remote.remote_block_ids` are there."""
+    first_token: int
+    """Where the local prefix hit ends."""
     tokens: int
-    """Tokens whose KV these blocks hold."""
+    """Tokens whose KV is to be read, from there on."""
     prompt_tokens: int
 
 
@@ -224,7 +233,7 @@ def check_same_cache(prefill: CacheDescription, decode: CacheDescription, peer: 
     if fields:
         raise TopologyError(
             f"prefill engine {peer} cannot feed this engine: {'; '.join(fields)}; "
-            f"start both with the same model, --dtype, --kv-cache-dtype and --block-size"
+            f"start both with the same model, --dtype and --kv-cache-dtype"
         )
 
 

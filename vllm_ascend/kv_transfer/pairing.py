@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache
-from vllm_ascend.kv_transfer.messages import Engine, RankRegions, check_same_cache
+from vllm_ascend.kv_transfer.messages import BlockSizes, Engine, RankRegions, check_same_cache
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair
 from vllm_ascend.kv_transfer.topology import heads_on, num_turns, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Session
@@ -28,6 +28,8 @@ class PrefillEngine:
     plans: tuple[PairPlan, ...]
     """How to read it, one plan for each turn among ranks that store the same heads."""
     turn: itertools.count[int]
+    blocks: BlockSizes
+    """How it cuts its cache."""
 
     def next_plan(self) -> PairPlan:
         """The plans in turn, so that ranks with the same heads are read equally often."""
@@ -57,16 +59,18 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
         sessions=tuple(Session(rank.session) for rank in peer.ranks),
         plans=tuple(plan_pair(local.memory, ranks, turn) for turn in range(num_turns(held_by_rank))),
         turn=turns_of(own.tp_rank, own.tp_size, local.description.num_kv_heads),
+        blocks=peer.blocks,
     )
 
 
 def _memory_of(rank: RankRegions, peer: Engine, local: LocalCache) -> RankMemory:
     heads = heads_on(rank.tp_rank, peer.parallel.tp_size, peer.cache.num_kv_heads)
-    page = local.memory.page.with_heads(len(heads))
+    page = local.memory.page.of_size(peer.blocks.page_size, len(heads))
     if rank.page_bytes != page.page_bytes or len(rank.layers) != len(rank.addresses):
         raise TopologyError(
             f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {rank.page_bytes} bytes, "
-            f"which for {len(heads)} heads should be {page.page_bytes}; run the same release on both sides"
+            f"which for {page.block_size} tokens of {len(heads)} heads should be {page.page_bytes}; "
+            f"run the same release on both sides"
         )
     addresses = tuple(Address(address) for address in rank.addresses)
     return RankMemory(heads, page, rank.num_blocks, rank.layers, addresses)

@@ -7,16 +7,18 @@ and how a page of theirs maps into a page of ours. A request then costs what its
 
 How a page maps depends on the heads that are wanted of a rank.
 
-  All that it stores, and every source gives equally many: its pages move whole, a run of n blocks as one
-  range per layer. With one source that is all. With S sources the run's n local pages are cut into S shares,
-  and share s receives the n (smaller) pages of source s, in source order:
+  All that it stores, every source gives equally many, and a page holds as many tokens there as here: its
+  pages move whole, a run of n pages as one range per layer. With one source that is all. With S sources the
+  run's n local pages are cut into S shares, and share s receives the n (smaller) pages of source s, in
+  source order:
 
       local pages of a run   [ source 0: page, page, page ][ source 1: page, page, page ]
 
   so that no other memory is needed; afterwards `regroup` puts the heads of each token side by side.
 
-  Otherwise, and where the rows of a share are too small for the operators that regroup: each token's K and
-  V row is a range of its own, read to where it belongs. Nothing is regrouped.
+  Otherwise, and where the rows of a share are too small for the operators that regroup: K and V of each token
+  are read to where they belong, a range for each, or for as many as lie in a row on both sides. Nothing is
+  regrouped.
 
 `prove_cover` checks before anything moves that every wanted byte is written exactly once, and nothing else.
 """
@@ -30,9 +32,9 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ascend.attention.cache_layout import OPERATOR_ROW_BYTES, PageLayout
+from vllm_ascend.attention.cache_layout import HALVES, OPERATOR_ROW_BYTES, PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
-from vllm_ascend.kv_transfer.blocks import BlockRuns
+from vllm_ascend.kv_transfer.blocks import Runs
 from vllm_ascend.kv_transfer.topology import HeadRead, Span, plan_head_reads
 from vllm_ascend.kv_transfer.transport import Address, Copies
 
@@ -63,10 +65,10 @@ class WholePages:
 
 @dataclass(frozen=True)
 class Rows:
-    """Ranges of `num_bytes` each, from offsets in the remote page to offsets in the local one."""
+    """`num_bytes` of K and of V of each token, from an offset in the remote row to one in the local row."""
 
-    remote_offsets: Ints
-    local_offsets: Ints
+    remote_offset: int
+    local_offset: int
     num_bytes: int
 
 
@@ -92,43 +94,41 @@ class PairPlan:
     shares: int
     """Into how many shares a run's pages are cut. 1: every byte arrives where it belongs."""
 
-    def copies(self, runs: BlockRuns) -> list[tuple[int, Copies]]:
-        """For each source, its prefill rank and the ranges to read.
+    def copies(self, runs: Runs) -> list[tuple[int, Copies]]:
+        """For each source, its prefill rank and the ranges to read for `runs` of tokens.
 
-        Raises ReadFailed if a block lies outside either cache.
+        Raises ReadFailed if a token lies outside either cache.
         """
-        _check_blocks(runs.local_start, runs.length, self.local, "this engine")
+        _check_slots(runs.local_start, runs.length, self.local, "this engine")
         return [(source.prefill_rank, self._copies_from(source, runs)) for source in self.sources]
 
-    def _copies_from(self, source: Source, runs: BlockRuns) -> Copies:
-        _check_blocks(runs.remote_start, runs.length, source.remote, f"prefill rank {source.prefill_rank}")
+    def _copies_from(self, source: Source, runs: Runs) -> Copies:
+        _check_slots(runs.remote_start, runs.length, source.remote, f"prefill rank {source.prefill_rank}")
         match source.mapping:
             case WholePages(share):
-                return self._runs_into_share(share, source, runs)
+                return self._pages_into_share(share, source, runs.in_pages(self.local.page.block_size))
             case Rows() as rows:
                 return self._rows(rows, source, runs)
             case _:
                 assert_never(source.mapping)
 
-    def _runs_into_share(self, share: int, source: Source, runs: BlockRuns) -> Copies:
+    def _pages_into_share(self, share: int, source: Source, pages: Runs) -> Copies:
         share_bytes = source.remote.page.page_bytes
-        in_remote_layer = runs.remote_start * share_bytes
-        in_local_layer = runs.local_start * self.local.page.page_bytes + share * runs.length * share_bytes
-        num_bytes = np.broadcast_to(runs.length * share_bytes, (len(source.remote_bases), len(runs.length)))
-        return Copies(
-            remote=np.add.outer(source.remote_bases, in_remote_layer).reshape(-1),
-            local=np.add.outer(source.local_bases, in_local_layer).reshape(-1),
-            num_bytes=num_bytes.reshape(-1),
-        )
+        in_remote_layer = pages.remote_start * share_bytes
+        in_local_layer = pages.local_start * self.local.page.page_bytes + share * pages.length * share_bytes
+        return _in_every_layer(source, in_remote_layer, in_local_layer, pages.length * share_bytes)
 
-    def _rows(self, rows: Rows, source: Source, runs: BlockRuns) -> Copies:
-        remote_pages = runs.remote_blocks() * source.remote.page.page_bytes
-        local_pages = runs.local_blocks() * self.local.page.page_bytes
-        in_remote_layer = np.add.outer(remote_pages, rows.remote_offsets)
-        in_local_layer = np.add.outer(local_pages, rows.local_offsets)
-        remote = np.add.outer(source.remote_bases, in_remote_layer).reshape(-1)
-        local = np.add.outer(source.local_bases, in_local_layer).reshape(-1)
-        return Copies(remote, local, np.full(len(remote), rows.num_bytes, dtype=np.int64))
+    def _rows(self, rows: Rows, source: Source, runs: Runs) -> Copies:
+        remote, local = source.remote.page, self.local.page
+        # Parts of rows never touch; whole rows do, as far as the run goes and sometimes farther.
+        whole = rows.num_bytes == remote.row_bytes == local.row_bytes
+        pieces = runs if whole else runs.one_by_one()
+        in_remote_layer = (remote.row_offsets(pieces.remote_start) + rows.remote_offset).reshape(-1)
+        in_local_layer = (local.row_offsets(pieces.local_start) + rows.local_offset).reshape(-1)
+        num_bytes = np.tile(pieces.length * rows.num_bytes, HALVES)
+        if whole:
+            in_remote_layer, in_local_layer, num_bytes = _joined(in_remote_layer, in_local_layer, num_bytes)
+        return _in_every_layer(source, in_remote_layer, in_local_layer, num_bytes)
 
 
 def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> PairPlan:
@@ -147,45 +147,56 @@ def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> Pa
     return PairPlan(local, tuple(sources), shares=shares or 1)
 
 
-def share_positions(runs: BlockRuns, shares: int) -> Ints:
-    """Where the shares of each local block landed, as [num_blocks, shares], block after block of `runs`.
+def share_positions(pages: Runs, shares: int) -> Ints:
+    """Where the shares of each local page landed, as [num_pages, shares], page after page of `pages`.
 
-    Counted in shares of a page: position p of a layer begins p * page_bytes / shares bytes after block 0.
+    Counted in shares of a page: position p of a layer begins p * page_bytes / shares bytes after page 0.
     """
-    in_run = np.arange(runs.num_blocks) - np.repeat(np.cumsum(runs.length) - runs.length, runs.length)
-    run_start = np.repeat(runs.local_start, runs.length) * shares
-    run_length = np.repeat(runs.length, runs.length)
-    return (run_start + in_run)[:, None] + run_length[:, None] * np.arange(shares, dtype=np.int64)
+    run_start = np.repeat(pages.local_start, pages.length)
+    run_length = np.repeat(pages.length, pages.length)
+    first = run_start * shares + pages.local() - run_start
+    return first[:, None] + run_length[:, None] * np.arange(shares, dtype=np.int64)
 
 
-def prove_cover(local: RankMemory, runs: BlockRuns, copies: Sequence[Copies]) -> None:
-    """Raise ReadFailed unless `copies` write each byte of the runs' local blocks exactly once, in each layer.
+def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None:
+    """Raise ReadFailed unless `copies` write each byte of the runs' local tokens exactly once, in each layer.
 
-    The proof: the ranges lie inside wanted blocks, none overlaps another, and they sum to as many bytes.
+    The proof: the ranges lie inside what is wanted, none overlaps another, and they sum to as many bytes.
     """
-    page_bytes = local.page.page_bytes
-    wanted = np.zeros(local.num_blocks + 1, dtype=np.int64)
-    wanted[runs.local_blocks() + 1] = 1
-    num_wanted = np.cumsum(wanted)
+    offset, num_bytes = _wanted(local.page, runs)
+    bases = np.sort(np.asarray(local.addresses, dtype=np.int64))
+    wanted_start = np.add.outer(bases, offset).reshape(-1)
+    wanted_stop = wanted_start + np.tile(num_bytes, len(bases))
 
     order = np.argsort(np.concatenate([part.local for part in copies]), kind="stable")
     start = np.concatenate([part.local for part in copies])[order]
     stop = start + np.concatenate([part.num_bytes for part in copies])[order]
-    bases = np.sort(np.asarray(local.addresses, dtype=np.int64))
-    base = bases[np.maximum(np.searchsorted(bases, start, side="right") - 1, 0)]
-    first, last = (start - base) // page_bytes, (stop - 1 - base) // page_bytes
-    inside = (start >= base) & (stop > start) & (last < local.num_blocks)
-    first, last = np.where(inside, first, 0), np.where(inside, last, 0)
-    inside &= num_wanted[last + 1] - num_wanted[first] == last - first + 1
+    holder = np.searchsorted(wanted_start, start, side="right") - 1
+    inside = (holder >= 0) & (stop > start) & (stop <= wanted_stop[holder])
     disjoint = start[1:] >= stop[:-1]
-    complete = int((stop - start).sum()) == int(num_wanted[-1]) * page_bytes * len(local.addresses)
-    distinct = int(num_wanted[-1]) == runs.num_blocks
-    if not (inside.all() and disjoint.all() and complete and distinct):
+    complete = int((stop - start).sum()) == int((wanted_stop - wanted_start).sum())
+    distinct = wanted_start[1:] >= wanted_stop[:-1]
+    if not (inside.all() and disjoint.all() and complete and distinct.all()):
         raise ReadFailed(
-            f"the plan for {runs.num_blocks} blocks of {len(local.addresses)} layers does not write every "
-            f"byte exactly once (inside: {bool(inside.all())}, disjoint: {bool(disjoint.all())}, "
-            f"complete: {complete}, blocks distinct: {distinct}); nothing was read"
+            f"the plan for {runs.total} tokens of {len(bases)} layers does not write every byte exactly once "
+            f"(inside: {inside.all()}, disjoint: {disjoint.all()}, complete: {complete}, "
+            f"blocks distinct: {distinct.all()}); nothing was read"
         )
+
+
+def _wanted(page: PageLayout, runs: Runs) -> tuple[Ints, Ints]:
+    """Start and length, in bytes from page 0, of what `runs` fill in a layer; ascending, neighbours joined.
+
+    Runs are whole pages, or lie within one: then K and V are apart.
+    """
+    of_k, of_v = page.row_offsets(runs.local_start)
+    num_bytes = runs.length * page.row_bytes
+    parts = runs.length % page.block_size != 0
+    start = np.concatenate((of_k, of_v[parts]))
+    _, start, num_bytes = _joined(
+        start, start, np.concatenate((np.where(parts, 1, HALVES) * num_bytes, num_bytes[parts]))
+    )
+    return start, num_bytes
 
 
 def _stages(local: RankMemory, prefill: Sequence[RankMemory]) -> list[list[int]]:
@@ -207,7 +218,9 @@ def _stages(local: RankMemory, prefill: Sequence[RankMemory]) -> list[list[int]]
 def _equal_shares(
     local: RankMemory, prefill: Sequence[RankMemory], reads: Sequence[tuple[list[int], HeadRead]]
 ) -> int | None:
-    """How many shares a page is cut into; None if ranks give only part of their heads, or unequally many."""
+    """How many shares a page is cut into; None if pages cannot move whole, or could not be regrouped."""
+    if any(prefill[rank].page.block_size != local.page.block_size for stage, _ in reads for rank in stage):
+        return None
     if any(read.heads != prefill[stage[read.prefill_rank]].heads for stage, read in reads):
         return None
     sizes = {len(read.heads) for _, read in reads}
@@ -240,16 +253,35 @@ def _source(
 
 
 def _rows(local: RankMemory, remote: RankMemory, heads: Span) -> Rows:
+    head_bytes = local.page.head_bytes
     return Rows(
-        remote_offsets=remote.page.row_offsets(heads.relative_to(remote.heads.start).start),
-        local_offsets=local.page.row_offsets(heads.relative_to(local.heads.start).start),
-        num_bytes=len(heads) * local.page.head_bytes,
+        remote_offset=(heads.start - remote.heads.start) * head_bytes,
+        local_offset=(heads.start - local.heads.start) * head_bytes,
+        num_bytes=len(heads) * head_bytes,
     )
 
 
-def _check_blocks(start: Ints, length: Ints, memory: RankMemory, whose: str) -> None:
-    if len(start) and (start.min() < 0 or (start + length).max() > memory.num_blocks):
+def _joined(remote: Ints, local: Ints, num_bytes: Ints) -> tuple[Ints, Ints, Ints]:
+    """The same ranges, ascending in `local`; those that go on where another ends, on both sides, are one."""
+    order = np.argsort(local, kind="stable")
+    remote, local, num_bytes = remote[order], local[order], num_bytes[order]
+    apart = (np.diff(remote) != num_bytes[:-1]) | (np.diff(local) != num_bytes[:-1])
+    first = np.flatnonzero(np.concatenate(([True], apart)))
+    return remote[first], local[first], np.add.reduceat(num_bytes, first)
+
+
+def _in_every_layer(source: Source, in_remote_layer: Ints, in_local_layer: Ints, num_bytes: Ints) -> Copies:
+    return Copies(
+        remote=np.add.outer(source.remote_bases, in_remote_layer).reshape(-1),
+        local=np.add.outer(source.local_bases, in_local_layer).reshape(-1),
+        num_bytes=np.tile(num_bytes, len(source.local_bases)),
+    )
+
+
+def _check_slots(start: Ints, length: Ints, memory: RankMemory, whose: str) -> None:
+    num_slots = memory.num_blocks * memory.page.block_size
+    if len(start) and (start.min() < 0 or (start + length).max() > num_slots):
         raise ReadFailed(
-            f"blocks {start.min()} to {(start + length).max() - 1} were asked of {whose}, "
-            f"which has blocks 0 to {memory.num_blocks - 1}"
+            f"slots {start.min()} to {(start + length).max() - 1} were asked of {whose}, "
+            f"which has slots 0 to {num_slots - 1}"
         )

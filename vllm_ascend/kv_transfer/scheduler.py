@@ -18,7 +18,6 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from vllm_ascend.errors import WireError
-from vllm_ascend.kv_transfer.blocks import blocks_to_pull
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.keeper import Keeper
 from vllm_ascend.kv_transfer.lease import LeaseTable
@@ -38,7 +37,6 @@ from vllm_ascend.kv_transfer.messages import (
     Renewed,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
-from vllm_ascend.kv_transfer.topology import Span
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -76,12 +74,15 @@ class Pace:
 class PrefillSide:
     """Keeps what decode engines are to read, and answers them at one listener."""
 
-    def __init__(self, engine_id: str, host: str, port: int, lease_s: float, tp_size: int) -> None:
+    def __init__(
+        self, engine_id: str, host: str, port: int, lease_s: float, tp_size: int, block_size: int
+    ) -> None:
         """Bind the listener. Raises ConfigError if its address is taken or not of this machine."""
         # A restarted engine may get the same id and port; its predecessor's regions must not be read.
         self.engine_id = f"{engine_id}-{uuid.uuid4().hex[:8]}"
         self._lease_s = lease_s
         self._tp_size = tp_size
+        self._block_size = block_size
         self._leases = LeaseTable()
         self._engine: Engine | None = None
         self._listener = Listener(host, port, self._answer)
@@ -110,6 +111,7 @@ class PrefillSide:
             "remote_port": self._listener.port,
             "remote_block_ids": [list(group) for group in block_ids],
             "remote_num_tokens": min(request.num_computed_tokens, request.num_prompt_tokens),
+            "remote_block_size": self._block_size,
             "remote_lease_s": self._lease_s,
             "tp_size": self._tp_size,
         }
@@ -157,8 +159,7 @@ class PrefillSide:
 class DecodeSide:
     """Requests whose prompt another engine has computed, from their arrival to their end."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self) -> None:
         self._keeper = Keeper()
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
@@ -190,17 +191,14 @@ class DecodeSide:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
             self._keeper.release(remote)
             return
-        useful = self._useful_tokens(request, remote)
-        positions = blocks_to_pull(Span(useful - num_external_tokens, useful), self._block_size)
-        wanted = slice(positions.start, positions.stop)
         (local_blocks,) = blocks.get_block_ids()
         self._pulling[request.request_id] = remote
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
                 remote=remote,
-                remote_blocks=tuple(remote.remote_block_ids[0][wanted]),
-                local_blocks=tuple(local_blocks[wanted]),
+                local_blocks=tuple(local_blocks),
+                first_token=self._useful_tokens(request, remote) - num_external_tokens,
                 tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
             )
@@ -257,4 +255,6 @@ class DecodeSide:
         The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
         """
         num_blocks = len(remote.remote_block_ids[0]) if remote.remote_block_ids else 0
-        return min(request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * self._block_size)
+        return min(
+            request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * remote.remote_block_size
+        )

@@ -14,11 +14,19 @@ from functools import partial
 from vllm.logger import init_logger
 
 from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
-from vllm_ascend.kv_transfer.blocks import BlockRuns, kernel_blocks, neighbours
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
 from vllm_ascend.kv_transfer.local import LocalCache
-from vllm_ascend.kv_transfer.messages import AskForEngine, Done, DoneNoted, Engine, Pull, RemotePrefill
+from vllm_ascend.kv_transfer.messages import (
+    AskForEngine,
+    BlockSizes,
+    Done,
+    DoneNoted,
+    Engine,
+    Pull,
+    RemotePrefill,
+)
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
 from vllm_ascend.kv_transfer.plan import prove_cover, share_positions
@@ -107,7 +115,7 @@ class WorkerHalf:
         engine = self._engine_of(pull.remote)
         plan = engine.next_plan()
         memory = self._local.memory
-        runs = self._runs(pull, longest=LONGEST_RUN if plan.shares > 1 else memory.num_blocks)
+        runs = self._runs(pull, engine, longest=LONGEST_RUN if plan.shares > 1 else memory.num_blocks)
         copies = plan.copies(runs)
         prove_cover(memory, runs, [part for _, part in copies])
         fence.wait()
@@ -115,11 +123,14 @@ class WorkerHalf:
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
         if plan.shares > 1:
-            self._regroup.run(runs.local_blocks(), share_positions(runs, plan.shares), runs.length)
+            pages = runs.in_pages(memory.page.block_size)
+            self._regroup.run(pages.local(), share_positions(pages, plan.shares), pages.length)
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
-            blocks=len(pull.local_blocks),
+            blocks=len(
+                positions_of(tokens_from(pull.first_token, pull.tokens), self._local.blocks.block_size)
+            ),
             bytes=sum(part.total_bytes for _, part in copies),
             descriptors=sum(len(part) for _, part in copies),
             sources=tuple(sorted(rank for rank, _ in copies)),
@@ -128,18 +139,17 @@ class WorkerHalf:
             regroup_ms=clock.lap_ms() if plan.shares > 1 else 0.0,
         )
 
-    def _runs(self, pull: Pull, longest: int) -> BlockRuns:
-        if len(pull.remote_blocks) != len(pull.local_blocks):
-            raise ReadFailed(
-                f"{len(pull.remote_blocks)} blocks of the prefill engine cannot fill "
-                f"{len(pull.local_blocks)} blocks here"
-            )
-        per_block = self._local.kernel_blocks_per_block
-        remote, local = (
-            kernel_blocks(pull.remote_blocks, per_block),
-            kernel_blocks(pull.local_blocks, per_block),
-        )
-        return neighbours(remote, local, longest)
+    def _runs(self, pull: Pull, engine: PrefillEngine, longest: int) -> Runs:
+        tokens = tokens_from(pull.first_token, pull.tokens)
+        remote = _blocks(pull.remote.remote_block_ids[0], engine.blocks)
+        local = _blocks(pull.local_blocks, self._local.blocks)
+        for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
+            if blocks.num_tokens < tokens.stop:
+                raise ReadFailed(
+                    f"{len(blocks.ids)} blocks of {blocks.block_size} tokens, which {whose} names, cannot "
+                    f"hold {tokens.stop} tokens"
+                )
+        return runs_of(tokens, remote, local, longest)
 
     def _say_done(self, pull: Pull) -> bool:
         """Tell prefill that this rank reads no more. Returns whether its lease held until now."""
@@ -176,3 +186,7 @@ class WorkerHalf:
         sizes = peer.parallel
         logger.info("prefill engine %s joined: tp=%d, dp=%d", peer.engine_id, sizes.tp_size, sizes.dp_size)
         return engine
+
+
+def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
+    return Blocks(ids, sizes.block_size, sizes.page_size)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,12 +13,13 @@ from vllm_ascend.attention.cache_layout import PageLayout, operator_block, page_
 def test_sizes_of_a_page():
     page = PageLayout(block_size=4, num_heads=2, head_size=8, itemsize_bytes=2)
     assert (page.head_bytes, page.row_bytes, page.half_bytes, page.page_bytes) == (16, 32, 128, 256)
-    assert page.with_heads(6).page_bytes == 768
+    assert page.of_size(block_size=2, num_heads=6).page_bytes == 384
 
 
-def test_offsets_of_a_heads_rows_are_k_of_each_token_then_v():
+def test_offsets_of_tokens_are_those_of_k_then_those_of_v():
     page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
-    assert page.row_offsets(head=1).tolist() == [8, 32, 56, 80]
+    # A page has 96 bytes: K of two tokens, 24 each, then V. Slot 5 is the second token of page 2.
+    assert page.row_offsets(np.array([0, 1, 5])).tolist() == [[0, 24, 216], [48, 72, 264]]
 
 
 def layer(num_blocks: int = 3, heads: int = 4, block_size: int = 2, head_size: int = 5) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.kv_transfer.blocks import blocks_to_pull, kernel_blocks, neighbours
+from vllm_ascend.kv_transfer.blocks import Blocks, neighbours, positions_of, runs_of
 from vllm_ascend.kv_transfer.topology import Span
 
 
@@ -24,8 +24,8 @@ from vllm_ascend.kv_transfer.topology import Span
         pytest.param(512, 512, (4, 4), id="a hit of the whole prompt leaves nothing"),
     ],
 )
-def test_blocks_to_pull(cached, prompt, expected):
-    span = blocks_to_pull(Span(cached, prompt), block_size=128)
+def test_positions_of(cached, prompt, expected):
+    span = positions_of(Span(cached, prompt), block_size=128)
     assert (span.start, span.stop) == expected
 
 
@@ -43,12 +43,66 @@ def test_blocks_to_pull(cached, prompt, expected):
     ],
 )
 def test_neighbours(remote, local, longest, expected):
-    runs = neighbours(np.array(remote, dtype=np.int64), np.array(local, dtype=np.int64), longest)
+    runs = neighbours(np.array(remote, dtype=np.int64), np.array(local, dtype=np.int64), 1, longest)
     assert list(zip(runs.remote_start, runs.local_start, runs.length, strict=True)) == expected
 
 
-def test_kernel_blocks_of_a_split_block_are_its_neighbours_in_token_order():
-    assert kernel_blocks([5, 2], per_block=4).tolist() == [20, 21, 22, 23, 8, 9, 10, 11]
+@pytest.mark.parametrize(
+    ("tokens", "remote", "local", "expected"),
+    [
+        pytest.param(
+            (0, 5), Blocks([3, 4], 4, 4), Blocks([7, 8], 4, 4), [(12, 28, 8)], id="pages alike: whole pages"
+        ),
+        pytest.param(
+            (4, 8), Blocks([3, 6], 4, 4), Blocks([7, 9], 4, 4), [(24, 36, 4)], id="behind a prefix hit"
+        ),
+        pytest.param(
+            (0, 8),
+            Blocks([5, 2], 4, 2),
+            Blocks([1], 8, 2),
+            [(20, 8, 4), (8, 12, 4)],
+            id="pages alike, blocks cut into two and four",
+        ),
+        pytest.param(
+            (0, 8),
+            Blocks([5, 2], 4, 4),
+            Blocks([1], 8, 8),
+            [(20, 8, 4), (8, 12, 4)],
+            id="smaller pages there: a run for each of them",
+        ),
+        pytest.param(
+            (0, 6),
+            Blocks([3], 8, 8),
+            Blocks([1, 2], 4, 4),
+            [(24, 4, 4), (28, 8, 4)],
+            id="smaller pages here: a run for each of them, the last one whole",
+        ),
+        pytest.param(
+            (0, 5),
+            Blocks([5, 2], 4, 4),
+            Blocks([1], 8, 8),
+            [(20, 8, 4), (8, 12, 4)],
+            id="the last page here stays empty behind the last page there",
+        ),
+        pytest.param(
+            (6, 11),
+            Blocks([5, 2, 9], 4, 4),
+            Blocks([0, 1], 6, 6),
+            [(10, 6, 2), (36, 8, 4)],
+            id="neither size divides the other, a prefix hit ends inside a page there",
+        ),
+        pytest.param(
+            (0, 6),
+            Blocks([5, 2], 4, 4),
+            Blocks([1], 6, 6),
+            [(20, 6, 4), (8, 10, 2)],
+            id="neither size divides the other, the end is inside a page there",
+        ),
+    ],
+)
+def test_runs_of(tokens, remote, local, expected):
+    runs = runs_of(Span(*tokens), remote, local, longest=100)
+    assert list(zip(runs.remote_start, runs.local_start, runs.length, strict=True)) == expected
 
 
 @given(
@@ -58,7 +112,7 @@ def test_kernel_blocks_of_a_split_block_are_its_neighbours_in_token_order():
 def test_runs_list_the_same_pairs(pairs, longest):
     remote = np.array([pair[0] for pair in pairs], dtype=np.int64)
     local = np.array([pair[1] for pair in pairs], dtype=np.int64)
-    runs = neighbours(remote, local, longest)
-    listed = zip(runs.remote_blocks().tolist(), runs.local_blocks().tolist(), strict=True)
+    runs = neighbours(remote, local, 1, longest)
+    listed = zip(runs.remote().tolist(), runs.local().tolist(), strict=True)
     assert sorted(listed) == sorted(pairs)
     assert all(length <= longest for length in runs.length)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm_ascend.errors import TopologyError, WireError
 from vllm_ascend.kv_transfer.messages import (
     AskForEngine,
+    BlockSizes,
     CacheDescription,
     Done,
     DoneNoted,
@@ -39,9 +40,8 @@ CACHE = CacheDescription(
     head_size=16,
     cache_dtype="bfloat16",
     layout="token-major",
-    block_size=128,
-    kernel_block_size=128,
 )
+BLOCKS = BlockSizes(block_size=256, page_size=128)
 
 RANK = RankRegions(
     tp_rank=0, pp_rank=0, session="h:1", num_blocks=3, page_bytes=64, layers=("a", "b"), addresses=(1, 2)
@@ -69,6 +69,7 @@ def test_questions_arrive_as_they_were_sent(question):
             engine_id="e",
             protocol="tcp",
             cache=CACHE,
+            blocks=BLOCKS,
             parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
             ranks=(RANK,),
         ),
@@ -83,7 +84,7 @@ def test_answers_arrive_as_they_were_sent(answer):
 
 
 def test_another_version_is_refused_by_name_before_its_body_is_read():
-    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/1'"):
+    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/2'"):
         decode_question([b"vllm-ascend-kv/7", b"not msgpack at all"])
 
 
@@ -91,22 +92,22 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
     "frames",
     [
         pytest.param([], id="no frame"),
-        pytest.param([b"vllm-ascend-kv/1"], id="one frame"),
-        pytest.param([b"vllm-ascend-kv/1", b"", b""], id="three frames"),
-        pytest.param([b"vllm-ascend-kv/1", b""], id="an empty body"),
-        pytest.param([b"vllm-ascend-kv/1", b"\xc1garbage"], id="no msgpack"),
-        pytest.param([b"vllm-ascend-kv/1", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
-        pytest.param([b"vllm-ascend-kv/1", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
+        pytest.param([b"vllm-ascend-kv/2"], id="one frame"),
+        pytest.param([b"vllm-ascend-kv/2", b"", b""], id="three frames"),
+        pytest.param([b"vllm-ascend-kv/2", b""], id="an empty body"),
+        pytest.param([b"vllm-ascend-kv/2", b"\xc1garbage"], id="no msgpack"),
+        pytest.param([b"vllm-ascend-kv/2", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
+        pytest.param([b"vllm-ascend-kv/2", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
         pytest.param(
             [
-                b"vllm-ascend-kv/1",
+                b"vllm-ascend-kv/2",
                 msgspec.msgpack.encode({"type": "Renew", "engine_id": "e", "request_ids": ["x" * 2000]}),
             ],
             id="a name that is too long",
         ),
         pytest.param(
             [
-                b"vllm-ascend-kv/1",
+                b"vllm-ascend-kv/2",
                 msgspec.msgpack.encode(
                     {"type": "Done", "engine_id": "e", "request_id": "a", "reader": "r", "num_readers": 0}
                 ),
@@ -124,7 +125,7 @@ def test_malformed_questions_are_refused(frames):
 def test_whatever_comes_is_understood_or_refused(body):
     for decode in (decode_question, decode_answer):
         with contextlib.suppress(WireError):
-            decode([b"vllm-ascend-kv/1", body])
+            decode([b"vllm-ascend-kv/2", body])
 
 
 @pytest.mark.parametrize(
@@ -141,10 +142,11 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         engine_id="e",
         protocol="tcp",
         cache=CACHE,
+        blocks=BLOCKS,
         parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
         ranks=(RANK,),
     )
-    frames = [b"vllm-ascend-kv/1", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
+    frames = [b"vllm-ascend-kv/2", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
     with pytest.raises(WireError, match="could not be read"):
         decode_answer(frames)
 
@@ -155,8 +157,7 @@ def test_every_field_that_differs_is_named_with_both_values():
         check_same_cache(other, CACHE, peer="p@h:1")
     assert str(error.value) == (
         "prefill engine p@h:1 cannot feed this engine: head_size is 128 there and 16 here; cache_dtype is "
-        "'float16' there and 'bfloat16' here; start both with the same model, --dtype, --kv-cache-dtype and "
-        "--block-size"
+        "'float16' there and 'bfloat16' here; start both with the same model, --dtype and --kv-cache-dtype"
     )
 
 

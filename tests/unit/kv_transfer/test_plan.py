@@ -10,7 +10,7 @@ import pytest
 
 from vllm_ascend.attention.cache_layout import PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
-from vllm_ascend.kv_transfer.blocks import BlockRuns, neighbours
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Address, Copies
@@ -28,12 +28,12 @@ def rank_memory(heads: tuple[int, int], base: int, layers: int = 1, head_size: i
     )
 
 
-def runs_of(*pairs: tuple[int, int]) -> BlockRuns:
+def pulled(*pairs: tuple[int, int]) -> Runs:
     remote, local = zip(*pairs, strict=True)
-    return neighbours(np.array(remote, dtype=np.int64), np.array(local, dtype=np.int64), longest=100)
+    return runs_of(Span(0, 2 * len(pairs)), Blocks(remote, 2, 2), Blocks(local, 2, 2), longest=100)
 
 
-def ranges(plan: PairPlan, runs: BlockRuns) -> list[tuple[int, int, int, int]]:
+def ranges(plan: PairPlan, runs: Runs) -> list[tuple[int, int, int, int]]:
     return [
         (rank, int(remote), int(local), int(num_bytes))
         for rank, copies in plan.copies(runs)
@@ -109,7 +109,7 @@ def ranges(plan: PairPlan, runs: BlockRuns) -> list[tuple[int, int, int, int]]:
     ],
 )
 def test_ranges(local, prefill, pairs, expected):
-    runs = runs_of(*pairs)
+    runs = pulled(*pairs)
     plan = plan_pair(local, prefill, turn=0)
     assert ranges(plan, runs) == expected
     prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
@@ -120,12 +120,16 @@ def test_layers_are_read_from_the_stage_that_stores_them():
     first = dataclasses.replace(rank_memory((0, 1), 50000), layers=("layer.0",))
     second = dataclasses.replace(rank_memory((0, 1), 60000), layers=("layer.1",))
     plan = plan_pair(local, [first, second], turn=0)
-    assert ranges(plan, runs_of((2, 0))) == [(0, 50256, 10000, 128), (1, 60256, 11024, 128)]
+    assert ranges(plan, pulled((2, 0))) == [(0, 50256, 10000, 128), (1, 60256, 11024, 128)]
 
 
 def test_shares_of_a_run_land_source_after_source():
     # Local blocks 4, 5 are one run and 9 another; two shares per page.
-    assert share_positions(runs_of((0, 4), (1, 5), (7, 9)), shares=2).tolist() == [[8, 10], [9, 11], [18, 19]]
+    assert share_positions(pulled((0, 4), (1, 5), (7, 9)).in_pages(2), shares=2).tolist() == [
+        [8, 10],
+        [9, 11],
+        [18, 19],
+    ]
 
 
 def test_a_layer_that_prefill_does_not_store_is_refused_by_name():
@@ -136,15 +140,15 @@ def test_a_layer_that_prefill_does_not_store_is_refused_by_name():
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        pytest.param((8, 0), "blocks 8 to 8 were asked of prefill rank 0", id="remote block past the end"),
-        pytest.param((-1, 0), "blocks -1 to -1 were asked of prefill rank 0", id="negative remote block"),
-        pytest.param((0, 8), "blocks 8 to 8 were asked of this engine", id="local block past the end"),
+        pytest.param((8, 0), "slots 16 to 17 were asked of prefill rank 0", id="remote block past the end"),
+        pytest.param((-1, 0), "slots -2 to -1 were asked of prefill rank 0", id="negative remote block"),
+        pytest.param((0, 8), "slots 16 to 17 were asked of this engine", id="local block past the end"),
     ],
 )
 def test_blocks_outside_the_cache_are_never_read(pair, message):
     plan = plan_pair(rank_memory((0, 2), 10000), [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match=message):
-        plan.copies(runs_of(pair))
+        plan.copies(pulled(pair))
 
 
 @pytest.mark.parametrize(
@@ -159,12 +163,12 @@ def test_blocks_outside_the_cache_are_never_read(pair, message):
 def test_a_plan_that_does_not_cover_is_not_run(local_start, num_bytes, flaw):
     copies = Copies(np.zeros(2, np.int64), np.array(local_start), np.array(num_bytes))
     with pytest.raises(ReadFailed, match=flaw):
-        prove_cover(rank_memory((0, 2), 10000), runs_of((3, 1)), [copies])
+        prove_cover(rank_memory((0, 2), 10000), pulled((3, 1)), [copies])
 
 
 def test_a_block_listed_twice_is_not_run():
     local = rank_memory((0, 2), 10000)
-    runs = runs_of((3, 1), (5, 1))
+    runs = pulled((3, 1), (5, 1))
     plan = plan_pair(local, [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match="blocks distinct: False"):
         prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])

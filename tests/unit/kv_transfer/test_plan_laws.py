@@ -2,13 +2,15 @@
 """Laws of a plan, over every valid pair of engines, on real memory.
 
 Valid is what vLLM allows: a TP size divides the KV heads or is a multiple of them, so two sizes need not
-divide one another; layers are split among pipeline stages anywhere.
+divide one another; layers are split among pipeline stages anywhere; blocks, and the pages that attention cuts
+them into, have any size.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +18,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend.attention.cache_layout import PageLayout
-from vllm_ascend.kv_transfer.blocks import BlockRuns, neighbours
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
 from vllm_ascend.kv_transfer.topology import Span, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
 
 HEAD_SIZE, HEAD_BYTES = 16, 32
-BLOCK_SIZE, NUM_BLOCKS, LAYERS = 2, 6, 3
+NUM_SLOTS, LAYERS = 24, 3
 UNTOUCHED = 0xEE
 
 
@@ -33,6 +35,12 @@ class Sizes:
     tp_size: int
     stages: tuple[Span, ...]
     """The layers of each pipeline stage."""
+    page_size: int
+    pages_per_block: int
+
+    @property
+    def block_size(self) -> int:
+        return self.page_size * self.pages_per_block
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,27 @@ class Transfer:
     num_kv_heads: int
     prefill: Sizes
     decode: Sizes
-    remote_blocks: list[int]
-    local_blocks: list[int]
+    tokens: Span
+    remote_ids: list[int]
+    local_ids: list[int]
     request: int
     """Requests that went before."""
 
-    def runs(self, longest: int = NUM_BLOCKS) -> BlockRuns:
-        return neighbours(np.array(self.remote_blocks), np.array(self.local_blocks), longest)
+    @property
+    def remote(self) -> Blocks:
+        return Blocks(self.remote_ids, self.prefill.block_size, self.prefill.page_size)
+
+    @property
+    def local(self) -> Blocks:
+        return Blocks(self.local_ids, self.decode.block_size, self.decode.page_size)
+
+    def runs(self, longest: int = NUM_SLOTS) -> Runs:
+        return runs_of(self.tokens, self.remote, self.local, longest)
+
+    def pulled(self) -> range:
+        """The tokens and what is read beyond them: up to where pages of both sides could end."""
+        common = math.gcd(self.prefill.page_size, self.decode.page_size)
+        return range(self.tokens.start, -(-self.tokens.stop // common) * common)
 
 
 def heads_of(rank: int, tp_size: int, num_kv_heads: int) -> Span:
@@ -64,83 +86,90 @@ def transfers(draw: st.DrawFn) -> Transfer:
     tp_sizes = st.sampled_from([n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0])
     cuts = st.lists(st.integers(1, LAYERS - 1), unique=True).map(lambda at: [0, *sorted(at), LAYERS])
     stages = cuts.map(lambda at: tuple(Span(*ends) for ends in itertools.pairwise(at)))
-    sizes = st.builds(Sizes, tp_sizes, stages)
-    num_blocks = draw(st.integers(1, NUM_BLOCKS))
-    ids = st.permutations(range(NUM_BLOCKS))
-    return Transfer(
-        num_kv_heads,
-        draw(sizes),
-        draw(sizes),
-        draw(ids)[:num_blocks],
-        draw(ids)[:num_blocks],
-        draw(st.integers(0, 5)),
+    # Up to two pages per block, which divide the slots.
+    sizes = st.builds(Sizes, tp_sizes, stages, st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 2))
+    prefill, decode = draw(sizes), draw(sizes)
+    stop = draw(st.integers(1, NUM_SLOTS - 1))
+    start = draw(st.integers(0, (stop - 1) // decode.block_size)) * decode.block_size
+    remote_ids, local_ids = (
+        draw(st.permutations(range(NUM_SLOTS // side.block_size)))[: -(-stop // side.block_size)]
+        for side in (prefill, decode)
     )
+    request = draw(st.integers(0, 5))
+    return Transfer(num_kv_heads, prefill, decode, Span(start, stop), remote_ids, local_ids, request)
 
 
 class Cache:
-    """One rank's cache: bytes [layer, block, K/V, token, head, byte] that hold `content`.
+    """One rank's cache, empty: bytes [layer, page, K/V, token, head, byte].
 
-    A block that is nobody's follows each layer, so that layers do not touch.
+    A page that is nobody's follows each layer, so that layers do not touch.
     """
 
-    def __init__(self, heads: Span, layers: Span, content: np.ndarray) -> None:
-        page = PageLayout(BLOCK_SIZE, len(heads), HEAD_SIZE, itemsize_bytes=2)
-        shape = (len(layers), NUM_BLOCKS + 1, *content.shape[2:])
-        self.with_gaps = np.full(shape, UNTOUCHED, dtype=np.uint8)
-        self.bytes = self.with_gaps[:, :NUM_BLOCKS]
-        self.bytes[:] = content
-        self.layer_bytes = (NUM_BLOCKS + 1) * page.page_bytes
-        base = self.with_gaps.ctypes.data
-        self.region = Region(Address(base), self.with_gaps.nbytes)
+    def __init__(self, heads: Span, layers: Span, page_size: int) -> None:
+        page = PageLayout(page_size, len(heads), HEAD_SIZE, itemsize_bytes=2)
+        num_pages = NUM_SLOTS // page_size
+        shape = (len(layers), num_pages + 1, 2, page_size, len(heads), HEAD_BYTES)
+        self.bytes = np.full(shape, UNTOUCHED, dtype=np.uint8)
+        self.layers = layers
+        self.layer_bytes = (num_pages + 1) * page.page_bytes
+        base = self.bytes.ctypes.data
+        self.region = Region(Address(base), self.bytes.nbytes)
         self.memory = RankMemory(
             heads,
             page,
-            NUM_BLOCKS,
+            num_pages,
             tuple(f"layer.{layer}" for layer in range(layers.start, layers.stop)),
             tuple(Address(base + i * self.layer_bytes) for i in range(len(layers))),
         )
 
+    def at(self, slots: Sequence[int]) -> tuple[slice, list[int], slice, list[int]]:
+        """What to index `bytes` with to get the tokens in `slots`, as [slot, layer, K/V, head, byte]."""
+        size = self.memory.page.block_size
+        return slice(None), [slot // size for slot in slots], slice(None), [slot % size for slot in slots]
 
-def prefill_caches(transfer: Transfer, reference: np.ndarray) -> list[Cache]:
-    """Every prefill rank with its part of `reference` [layer, block, K/V, token, head, byte]."""
+    def part_of(self, reference: np.ndarray) -> np.ndarray:
+        """This rank's layers and heads of `reference` [token or slot, layer, K/V, head, byte]."""
+        layers, heads = self.layers, self.memory.heads
+        return reference[:, layers.start : layers.stop, :, heads.start : heads.stop]
+
+
+def caches_of(sizes: Sizes, num_kv_heads: int) -> list[Cache]:
+    """Every rank's, stage after stage."""
     return [
-        Cache(heads, stage, reference[stage.start : stage.stop, :, :, :, heads.start : heads.stop])
-        for stage in transfer.prefill.stages
-        for rank in range(transfer.prefill.tp_size)
-        for heads in [heads_of(rank, transfer.prefill.tp_size, transfer.num_kv_heads)]
+        Cache(heads_of(rank, sizes.tp_size, num_kv_heads), stage, sizes.page_size)
+        for stage in sizes.stages
+        for rank in range(sizes.tp_size)
     ]
 
 
-def decode_ranks(transfer: Transfer) -> Iterator[tuple[Cache, int]]:
-    """Every rank of the decode engine, empty, and the turn at which it reads."""
-    tp_size, num_kv_heads = transfer.decode.tp_size, transfer.num_kv_heads
-    for stage in transfer.decode.stages:
-        for rank in range(tp_size):
-            heads = heads_of(rank, tp_size, num_kv_heads)
-            shape = (len(stage), NUM_BLOCKS, 2, BLOCK_SIZE, len(heads), HEAD_BYTES)
-            cache = Cache(heads, stage, np.full(shape, UNTOUCHED, dtype=np.uint8))
-            turns = turns_of(rank, tp_size, num_kv_heads)
-            yield cache, next(itertools.islice(turns, transfer.request, None))
+def slots_of(blocks: Blocks, tokens: Iterable[int]) -> list[int]:
+    """Written apart from the code under test."""
+    return [
+        blocks.ids[token // blocks.block_size] * blocks.block_size + token % blocks.block_size
+        for token in tokens
+    ]
 
 
-def regrouped(cache: Cache, runs: BlockRuns, shares: int) -> np.ndarray:
+def regrouped(cache: Cache, runs: Runs, shares: int) -> np.ndarray:
     """What a regroup has to do, written with plain indexing."""
-    result = cache.with_gaps.copy()
-    layers, pages, halves, tokens, heads, head_bytes = result.shape
-    pieces = cache.with_gaps.reshape(layers, pages * shares, halves, tokens, heads // shares, head_bytes)
-    for block, positions in zip(runs.local_blocks(), share_positions(runs, shares), strict=True):
-        result[:, block] = np.concatenate([pieces[:, position] for position in positions], axis=3)
+    if shares == 1:
+        return cache.bytes
+    result = cache.bytes.copy()
+    layers, num_pages, halves, tokens, heads, head_bytes = result.shape
+    pieces = cache.bytes.reshape(layers, num_pages * shares, halves, tokens, heads // shares, head_bytes)
+    pages = runs.in_pages(tokens)
+    for page, positions in zip(pages.local(), share_positions(pages, shares), strict=True):
+        result[:, page] = np.concatenate([pieces[:, position] for position in positions], axis=3)
     return result
 
 
-def plans(transfer: Transfer, prefill: list[Cache]) -> Iterator[tuple[Cache, PairPlan]]:
-    for decode, turn in decode_ranks(transfer):
+def plans(transfer: Transfer, prefill: Sequence[Cache]) -> Iterator[tuple[Cache, PairPlan]]:
+    """Every decode rank's empty cache, and its plan for the request."""
+    tp_size = transfer.decode.tp_size
+    for place, decode in enumerate(caches_of(transfer.decode, transfer.num_kv_heads)):
+        turns = turns_of(place % tp_size, tp_size, transfer.num_kv_heads)
+        turn = next(itertools.islice(turns, transfer.request, None))
         yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn)
-
-
-def reference_of(transfer: Transfer) -> np.ndarray:
-    shape = (LAYERS, NUM_BLOCKS, 2, BLOCK_SIZE, transfer.num_kv_heads, HEAD_BYTES)
-    return np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
 
 
 def joinable(copies: Copies, layer_bytes: int, base: int) -> int:
@@ -155,43 +184,44 @@ def joinable(copies: Copies, layer_bytes: int, base: int) -> int:
 @settings(deadline=None)
 @given(transfers(), st.integers(1, 4))
 def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_changes(transfer, longest):
-    reference = reference_of(transfer)
-    prefill = prefill_caches(transfer, reference)
-    cluster = {Session(str(rank)): [cache.region] for rank, cache in enumerate(prefill)}
+    shape = (NUM_SLOTS, LAYERS, 2, transfer.num_kv_heads, HEAD_BYTES)
+    reference = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
+    prefill = caches_of(transfer.prefill, transfer.num_kv_heads)
+    for cache in prefill:
+        cache.bytes[cache.at(range(NUM_SLOTS))] = cache.part_of(reference)
+    cluster = {Session(str(place)): [cache.region] for place, cache in enumerate(prefill)}
     runs = transfer.runs(longest)
     for decode, plan in plans(transfer, prefill):
         copies = plan.copies(runs)
         prove_cover(decode.memory, runs, [part for _, part in copies])
+        expected = decode.bytes.copy()
+        pulled = reference[slots_of(transfer.remote, transfer.pulled())]
+        expected[decode.at(slots_of(transfer.local, transfer.pulled()))] = decode.part_of(pulled)
+
         transport = InProcessTransport(Session("decode"), {**cluster, Session("decode"): [decode.region]})
         for source, part in copies:
             transport.read(Session(str(source)), part)
 
-        heads, layers = decode.memory.heads, [int(name.split(".")[1]) for name in decode.memory.layers]
-        expected = np.full_like(decode.with_gaps, UNTOUCHED)
-        for own, layer in enumerate(layers):
-            pulled = reference[layer, transfer.remote_blocks]
-            expected[own, transfer.local_blocks] = pulled[..., heads.start : heads.stop, :]
         assert np.array_equal(regrouped(decode, runs, plan.shares), expected)
 
 
 @settings(deadline=None)
 @given(transfers(), st.integers(1, 4))
 def test_every_wanted_byte_is_written_once_and_no_other(transfer, longest):
-    runs = transfer.runs(longest)
-    for decode, plan in plans(transfer, prefill_caches(transfer, reference_of(transfer))):
-        written = np.zeros(decode.with_gaps.nbytes, dtype=int)
-        for _, part in plan.copies(runs):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
+        written = np.zeros(decode.bytes.nbytes, dtype=int)
+        for _, part in plan.copies(transfer.runs(longest)):
             for start, num_bytes in zip(part.local - decode.region.address, part.num_bytes, strict=True):
                 written[start : start + num_bytes] += 1
-        wanted = np.zeros(decode.with_gaps.shape, dtype=int)
-        wanted[:, transfer.local_blocks] = 1
+        wanted = np.zeros(decode.bytes.shape, dtype=int)
+        wanted[decode.at(slots_of(transfer.local, transfer.pulled()))] = 1
         assert np.array_equal(written, wanted.reshape(-1))
 
 
 @settings(deadline=None)
 @given(transfers())
 def test_no_two_ranges_could_be_one(transfer):
-    for decode, plan in plans(transfer, prefill_caches(transfer, reference_of(transfer))):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
         for _, part in plan.copies(transfer.runs()):
             assert joinable(part, decode.layer_bytes, decode.region.address) == 0
 
@@ -200,7 +230,8 @@ def test_no_two_ranges_could_be_one(transfer):
 @given(transfers())
 def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
     assume(transfer.prefill.tp_size % transfer.decode.tp_size == 0)
+    assume(transfer.prefill.page_size == transfer.decode.page_size)
     runs = transfer.runs()
-    for decode, plan in plans(transfer, prefill_caches(transfer, reference_of(transfer))):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
         num_ranges = sum(len(copies) for _, copies in plan.copies(runs))
-        assert num_ranges == len(runs.length) * plan.shares * len(decode.memory.layers)
+        assert num_ranges == len(runs) * plan.shares * len(decode.memory.layers)
