@@ -234,7 +234,6 @@ def _refuse_graphs(vllm_config: VllmConfig) -> None:
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     wishes = {
-        f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
         f"decode_context_parallel_size={parallel.decode_context_parallel_size}": (
             parallel.decode_context_parallel_size > 1
         ),
@@ -263,10 +262,11 @@ def _check_device_count(vllm_config: VllmConfig) -> None:
         variable = NPUPlatform.device_control_env_var
         visible = os.environ.get(variable)
         raise ConfigError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size} needs {needed} NPUs on this "
+            f"tensor_parallel_size={parallel.tensor_parallel_size} and "
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size} need {needed} NPUs on this "
             f"machine, which has {present}"
             + (f" ({variable}={visible})" if visible else "")
-            + "; use a smaller size or more NPUs"
+            + "; use smaller sizes or more NPUs"
         )
 
 

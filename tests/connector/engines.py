@@ -9,6 +9,7 @@ learns.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
-LAYERS, BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 2, 16, 24, 16
+LAYERS, BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 3, 16, 24, 16
 
 
 def model_folder(folder: Path, num_kv_heads: int, **changes: Any) -> Path:
@@ -60,6 +61,7 @@ def engine_config(
     extra: Mapping[str, Any] | None = None,
     *,
     block_size: int = BLOCK_SIZE,
+    pp_size: int = 1,
     **transfer: Any,
 ) -> VllmConfig:
     """The configuration that `vllm serve` would make; port 0 unless `transfer` says otherwise."""
@@ -73,7 +75,7 @@ def engine_config(
             enforce_eager=True,
         ),
         cache_config=CacheConfig(block_size=block_size),
-        parallel_config=ParallelConfig(tensor_parallel_size=tp_size),
+        parallel_config=ParallelConfig(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size),
         kv_transfer_config=KVTransferConfig(
             kv_connector="MooncakeConnectorV1",
             kv_role=role,
@@ -87,46 +89,71 @@ def engine_config(
     )
 
 
-def cache_config(num_kv_heads: int, tp_size: int, block_size: int = BLOCK_SIZE) -> KVCacheConfig:
+def cache_config(
+    num_kv_heads: int, tp_size: int, block_size: int = BLOCK_SIZE, layers: range = range(LAYERS)
+) -> KVCacheConfig:
+    """What vLLM gives a rank that has `layers` of the model."""
     spec = FullAttentionSpec(
         block_size=block_size,
         num_kv_heads=max(1, num_kv_heads // tp_size),
         head_size=HEAD_SIZE,
         dtype=torch.bfloat16,
     )
-    layers = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    names = [f"model.layers.{i}.self_attn.attn" for i in layers]
     return KVCacheConfig(
-        num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(layers, spec)]
+        num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
     )
 
 
 class Engine:
-    """One engine: a scheduler half, a worker half per rank, and each rank's KV cache."""
+    """One engine: a scheduler half, a worker half per rank, and each rank's KV cache.
 
-    def __init__(self, config: VllmConfig, num_kv_heads: int, pages_per_block: int = 1) -> None:
+    Ranks are counted as vLLM does: stage by stage, in each of them the ranks of tensor parallel.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        num_kv_heads: int,
+        pages_per_block: int = 1,
+        layers_per_stage: Sequence[int] = (LAYERS,),
+    ) -> None:
         """`pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler."""
         self.tp_size = config.parallel_config.tensor_parallel_size
+        assert config.parallel_config.pipeline_parallel_size == len(layers_per_stage)
+        self.num_ranks = self.tp_size * len(layers_per_stage)
+        ends = [0, *itertools.accumulate(layers_per_stage)]
+        self._stages = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         block_size = config.cache_config.block_size
-        self.caches = cache_config(num_kv_heads, self.tp_size, block_size)
-        heads = self.caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads
-        self.layers = self.caches.kv_cache_groups[0].layer_names
+        caches = [cache_config(num_kv_heads, self.tp_size, block_size, layers) for layers in self._stages]
         self._closing: list[MooncakeConnector] = []
-        self.scheduler = self._connector(config, KVConnectorRole.SCHEDULER)
+        self.scheduler = self._connector(config, KVConnectorRole.SCHEDULER, caches[0])
         self.workers = []
         self.tensors = []
-        for rank in range(self.tp_size):
-            worker = self._connector(_at_rank(config, rank), KVConnectorRole.WORKER)
+        for rank in range(self.num_ranks):
+            (group,) = caches[rank // self.tp_size].kv_cache_groups
+            worker = self._connector(
+                _at_rank(config, rank), KVConnectorRole.WORKER, caches[rank // self.tp_size]
+            )
             num_pages, page_size = NUM_BLOCKS * pages_per_block, block_size // pages_per_block
-            shape = (LAYERS, num_pages, heads, page_size, 2 * HEAD_SIZE)
+            heads = group.kv_cache_spec.num_kv_heads
+            shape = (len(group.layer_names), num_pages, heads, page_size, 2 * HEAD_SIZE)
             tensor = torch.zeros(shape, dtype=torch.bfloat16, device=device(rank))
             with torch.npu.device(device(rank)):
-                worker.register_kv_caches(dict(zip(self.layers, tensor, strict=True)))
+                worker.register_kv_caches(dict(zip(group.layer_names, tensor, strict=True)))
             self.workers.append(worker)
             self.tensors.append(tensor)
         self.scheduler.set_xfer_handshake_metadata_pp_aware(
-            {(0, rank): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
+            {
+                divmod(rank, self.tp_size): worker.get_handshake_metadata()
+                for rank, worker in enumerate(self.workers)
+            }
         )
-        self._aggregator = KVOutputAggregator(self.tp_size)
+        self._aggregator = KVOutputAggregator(self.num_ranks)
+
+    def layers(self, rank: int) -> range:
+        """The layers of the rank's stage."""
+        return self._stages[rank // self.tp_size]
 
     def pages(self, rank: int) -> torch.Tensor:
         """The rank's cache, its own memory, as bits [layer, page, K/V, token, head, dim]."""
@@ -189,8 +216,10 @@ class Engine:
         for connector in self._closing:
             connector.shutdown()
 
-    def _connector(self, config: VllmConfig, role: KVConnectorRole) -> MooncakeConnector:
-        connector = MooncakeConnector(config, role, self.caches)
+    def _connector(
+        self, config: VllmConfig, role: KVConnectorRole, caches: KVCacheConfig
+    ) -> MooncakeConnector:
+        connector = MooncakeConnector(config, role, caches)
         self._closing.append(connector)
         return connector
 

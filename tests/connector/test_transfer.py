@@ -48,6 +48,12 @@ def heads_of(rank: int, tp_size: int, heads: int) -> slice:
     return slice(head, head + 1)
 
 
+def part_of(engine: Engine, rank: int, num_kv_heads: int, bits: torch.Tensor) -> torch.Tensor:
+    """The rank's layers and heads of `bits` [layer, K/V, slot, head, dim]."""
+    layers, heads = engine.layers(rank), heads_of(rank % engine.tp_size, engine.tp_size, num_kv_heads)
+    return bits[layers.start : layers.stop, ..., heads, :]
+
+
 @pytest.fixture(
     scope="module",
     params=TABLE,
@@ -61,7 +67,12 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     model = model_folder(folder, heads, num_attention_heads=24, hidden_size=384)
     prefill, decode = (
         Engine(
-            engine_config(model, side.tp_size, role, block_size=side.block_size), heads, side.pages_per_block
+            engine_config(
+                model, side.tp_size, role, block_size=side.block_size, pp_size=len(side.layers_per_stage)
+            ),
+            heads,
+            side.pages_per_block,
+            side.layers_per_stage,
         )
         for side, role in ((sizes.prefill, "kv_producer"), (sizes.decode, "kv_consumer"))
     )
@@ -75,9 +86,9 @@ def reference(engines: tuple[Engine, Engine, Pair]) -> torch.Tensor:
     prefill, decode, sizes = engines
     shape = (LAYERS, 2, NUM_BLOCKS * sizes.prefill.block_size, sizes.num_kv_heads, HEAD_SIZE)
     bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
-    for rank in range(prefill.tp_size):
-        prefill.fill(rank, bits[..., heads_of(rank, prefill.tp_size, sizes.num_kv_heads), :])
-    for rank in range(decode.tp_size):
+    for rank in range(prefill.num_ranks):
+        prefill.fill(rank, part_of(prefill, rank, sizes.num_kv_heads, bits))
+    for rank in range(decode.num_ranks):
         decode.pages(rank).fill_(UNTOUCHED)
     return bits
 
@@ -108,11 +119,10 @@ def test_bytes(engines, reference, num_tokens):
     assert not output.failed_recving
     sources = slots_of(num_pulled, remote, sizes.prefill.block_size)
     targets = slots_of(num_pulled, local, sizes.decode.block_size)
-    for rank in range(decode.tp_size):
-        own = heads_of(rank, decode.tp_size, heads)
+    for rank in range(decode.num_ranks):
         found = decode.kv(rank)
         expected = torch.full_like(found, UNTOUCHED)
-        expected[:, :, targets] = reference[:, :, sources][..., own, :]
+        expected[:, :, targets] = part_of(decode, rank, heads, reference[:, :, sources])
         assert torch.equal(found, expected), f"decode rank {rank}"
 
     freed = prefill.step_until(lambda output: bool(output.finished_sending))
@@ -123,7 +133,7 @@ def test_bytes(engines, reference, num_tokens):
     assert transfer["bytes"] == LAYERS * 2 * num_pulled * HEAD_SIZE * 2 * heads * copies
     assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_prompt_tokens, num_tokens)
     assert transfer["blocks"] == -(-num_tokens // sizes.decode.block_size)
-    assert set(transfer["sources"]) <= set(range(prefill.tp_size))
+    assert set(transfer["sources"]) <= set(range(prefill.num_ranks))
 
 
 def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):

@@ -14,14 +14,18 @@ class Side:
     block_size: int = 16
     pages_per_block: int = 1
     """Into how many blocks of its own attention cuts a block of the scheduler."""
+    layers_per_stage: tuple[int, ...] = (3,)
+    """How the model's three layers are split among pipeline stages."""
 
     @property
     def page_size(self) -> int:
         return self.block_size // self.pages_per_block
 
     def __str__(self) -> str:
+        num_stages = len(self.layers_per_stage)
+        stages = f" PP {num_stages} {self.layers_per_stage}" if num_stages > 1 else ""
         pages = f" in {self.pages_per_block} pages" if self.pages_per_block > 1 else ""
-        return f"TP {self.tp_size}, blocks of {self.block_size}{pages}"
+        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}"
 
 
 @dataclass(frozen=True)
@@ -82,4 +86,12 @@ TABLE = (
     Pair(Side(2, 64, 4), Side(1, 32, 2), 4),
     Pair(Side(1, 32, 2), Side(1, 32), 4),
     Pair(Side(3, 32), Side(2, 64, 4), 6),
+    # Pipeline stages on either side and on both, in different numbers and uneven.
+    Pair(Side(1, layers_per_stage=(2, 1)), Side(1), 4),
+    Pair(Side(1), Side(1, layers_per_stage=(1, 2)), 4),
+    Pair(Side(2, layers_per_stage=(2, 1)), Side(2, layers_per_stage=(2, 1)), 4),
+    Pair(Side(2, layers_per_stage=(2, 1)), Side(1, layers_per_stage=(1, 2)), 4),
+    Pair(Side(1, layers_per_stage=(1, 1, 1)), Side(2, layers_per_stage=(1, 2)), 4),
+    Pair(Side(4, layers_per_stage=(1, 2)), Side(2, layers_per_stage=(1, 1, 1)), 2),
+    Pair(Side(2, 32, layers_per_stage=(2, 1)), Side(3, 16, layers_per_stage=(1, 2)), 6),
 )

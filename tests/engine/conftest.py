@@ -61,11 +61,22 @@ def bfloat16_answers(
     return {size: {name: next(answers) for name in RANDOM_MODELS} for size in sizes}
 
 
-def job(name: str, folder: Path, times: int, dtype: str, size: int) -> Job:
+@pytest.fixture(scope="session")
+def pipeline_answers(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[list[Answer]]:
+    """An engine of two pipeline stages, which share the model's three layers; every batch asked twice."""
+    jobs = [job("llama", checkpoints["llama"], 2, "float32", 1, stages=2)]
+    (answers,) = run(jobs, tmp_path_factory.mktemp("pipeline"), ON_EMULATOR_WITH_FLOAT32)
+    return answers
+
+
+def job(name: str, folder: Path, times: int, dtype: str, size: int, stages: int = 1) -> Job:
     """Ask an engine of tensor-parallel size `size` all prompts of the model, `times` times."""
     options = {
         "dtype": dtype,
         "tensor_parallel_size": size,
+        "pipeline_parallel_size": stages,
         "max_model_len": 384,
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_num_seqs": 8,

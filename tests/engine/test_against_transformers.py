@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.generate import Answers
+from engine.generate import Answer, Answers
 from engine.models import (
     MODELS,
     NUM_NEW_TOKENS,
@@ -52,6 +52,13 @@ def test_greedy_tokens_are_those_of_transformers(
     float32_answers: dict[int, Answers],
 ) -> None:
     assert [answer.tokens for answer in float32_answers[size][name][batch]] == references[name]
+
+
+@pytest.mark.parametrize("batch", [pytest.param(COLD, id="cold"), pytest.param(WARM, id="prefixes cached")])
+def test_two_pipeline_stages_give_the_same_tokens(
+    batch: int, references: dict[str, list[list[int]]], pipeline_answers: list[list[Answer]]
+) -> None:
+    assert [answer.tokens for answer in pipeline_answers[batch]] == references["llama"]
 
 
 def test_the_recall_model_recalls(references: dict[str, list[list[int]]]) -> None:

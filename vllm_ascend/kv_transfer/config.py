@@ -96,7 +96,6 @@ def options_of(vllm_config: VllmConfig) -> Options:
     options = parse_options(transfer.kv_connector_extra_config)
     parallel = vllm_config.parallel_config
     for name, size in (
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
     ):

@@ -111,9 +111,17 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel = self._vllm_config.parallel_config
         tp_size = parallel.tensor_parallel_size
-        rank = parallel.rank % tp_size
-        reader = f"{self._kv_transfer_config.engine_id}/{rank}"
-        local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, Rank(rank, tp_size, reader))
+        # vLLM counts ranks in the order DP, PP, TP, and each data-parallel rank is an engine of its own.
+        pp_size = parallel.pipeline_parallel_size
+        place = parallel.rank % (pp_size * tp_size)
+        rank = Rank(
+            tp_rank=place % tp_size,
+            tp_size=tp_size,
+            pp_rank=place // tp_size,
+            pp_size=pp_size,
+            reader=f"{self._kv_transfer_config.engine_id}/{place}",
+        )
+        local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, rank)
         self._worker = WorkerHalf(local, self._transport, self._protocol, self._options)
         self._registered = Registered(
             self._protocol, local.description, local.blocks, local.for_peers(self._transport.session)

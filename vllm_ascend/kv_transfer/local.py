@@ -28,8 +28,15 @@ class Rank:
 
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
     reader: str
     """How it signs when it reads: unique among all readers of a prefill engine."""
+
+    @property
+    def num_readers(self) -> int:
+        """How many ranks of this engine read each request: every stage has layers, every rank has heads."""
+        return self.tp_size * self.pp_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class LocalCache:
         """What a peer needs to know to read this rank through `session`."""
         return RankRegions(
             tp_rank=self.rank.tp_rank,
-            pp_rank=0,
+            pp_rank=self.rank.pp_rank,
             session=session,
             num_blocks=self.memory.num_blocks,
             page_bytes=self.memory.page.page_bytes,
@@ -80,7 +87,7 @@ def local_cache(
     description = CacheDescription(
         model=str(model.served_model_name),
         architecture=model.architecture,
-        num_layers=len(layers),
+        num_layers=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
         vocab_size=model.get_vocab_size(),
         num_kv_heads=model.get_total_num_kv_heads(),

@@ -43,7 +43,7 @@ class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     """The model class, such as LlamaForCausalLM."""
     num_layers: int
-    """Layers with a KV cache, over all pipeline stages."""
+    """Layers of the whole model, over all pipeline stages."""
     hidden_size: int
     vocab_size: int
     num_kv_heads: int

@@ -159,7 +159,7 @@ class WorkerHalf:
             request_id=remote.remote_request_id,
             # A router may send one prefill's answer twice: the second read must not pass for the first.
             reader=f"{rank.reader}/{pull.request_id}",
-            num_readers=rank.tp_size,
+            num_readers=rank.num_readers,
         )
         answer = self._lines.ask(remote.remote_host, remote.remote_port, done)
         if not isinstance(answer, DoneNoted):
@@ -184,7 +184,13 @@ class WorkerHalf:
             )
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
         sizes = peer.parallel
-        logger.info("prefill engine %s joined: tp=%d, dp=%d", peer.engine_id, sizes.tp_size, sizes.dp_size)
+        logger.info(
+            "prefill engine %s joined: tp=%d, pp=%d, dp=%d",
+            peer.engine_id,
+            sizes.tp_size,
+            sizes.pp_size,
+            sizes.dp_size,
+        )
         return engine
 
 

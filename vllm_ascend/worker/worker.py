@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap
@@ -68,12 +69,13 @@ class NPUWorker(Worker):
         Not vLLM's: that one goes on to warm up other devices' kernels, whose modules need torchvision.
         """
         scheduler = self.scheduler_config
+        # Of a pipeline's stages only the last has hidden states to sample from.
         hidden_states, last_hidden_states = self.model_runner._dummy_run(
             num_tokens=min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens), skip_eplb=True
         )
         if self.model_runner.is_pooling_model:
             self.model_runner._dummy_pooler_run(hidden_states)
-        else:
+        elif get_pp_group().is_last_rank:
             self.model_runner._dummy_sampler_run(hidden_states=last_hidden_states)
         # Dummy runs draw random numbers; requests start from the seed.
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
