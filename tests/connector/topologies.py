@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of pairs of engines that `test_transfer.py` carries KV between, each row a kind of its own."""
+"""The table of pairs of engines that `test_transfer.py` carries KV between, each row a kind of its own.
+
+docs/kv_transfer.md shows it; `python tests/connector/topologies.py` brings the page in step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "kv_transfer.md"
+BEGIN, END = "<!-- tests/connector/topologies.py writes from here -->\n", "<!-- to here -->\n"
 
 
 @dataclass(frozen=True)
@@ -95,3 +103,26 @@ TABLE = (
     Pair(Side(4, layers_per_stage=(1, 2)), Side(2, layers_per_stage=(1, 1, 1)), 2),
     Pair(Side(2, 32, layers_per_stage=(2, 1)), Side(3, 16, layers_per_stage=(1, 2)), 6),
 )
+
+
+def as_markdown() -> str:
+    """The table as the page shows it."""
+    return "".join(f"{line}\n" for line in _lines())
+
+
+def page_with_table(page: str) -> str:
+    """`page` with the table between its marks. Raises ValueError if it has no marks."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}{as_markdown()}{END}{after}"
+
+
+def _lines() -> Iterator[str]:
+    yield "| KV heads | prefill | decode |"
+    yield "|---|---|---|"
+    for pair in TABLE:
+        yield f"| {pair.num_kv_heads} | {pair.prefill} | {pair.decode} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_table(PAGE.read_text()))

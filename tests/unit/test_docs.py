@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from connector.topologies import PAGE, TABLE, page_with_table
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/**/*.md"))]
@@ -24,3 +25,9 @@ def test_links_and_named_files_exist(document: Path):
 
 def test_the_architecture_page_names_files():
     assert len(NAMED_PATH.findall((ROOT / "docs" / "architecture.md").read_text())) > 10
+
+
+def test_the_page_on_kv_transfer_shows_the_pairs_of_engines_that_are_compared():
+    page = PAGE.read_text()
+    assert page == page_with_table(page), "run python tests/connector/topologies.py"
+    assert len(TABLE) == len(set(TABLE)) >= 40
