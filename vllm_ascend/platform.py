@@ -127,6 +127,11 @@ class NPUPlatform(Platform):
         return _COMMUNICATOR
 
     @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        """Layers with and without a sliding window keep as many blocks as each needs, in the same memory."""
+        return True
+
+    @classmethod
     def import_kernels(cls) -> None:
         """Nothing to import: torch_npu's operators come with torch."""
 

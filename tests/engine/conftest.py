@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from engine.generate import Answer, Answers, Job
 from engine.models import (
-    MODELS,
+    FULL_ATTENTION_MODELS,
     NUM_NEW_TOKENS,
     RANDOM_MODELS,
     RECALL,
     RECALL_FOLDER,
+    RUNS,
     block_size_of,
+    cache_bytes_of,
     prompts_of,
 )
 
@@ -44,10 +46,13 @@ def float32_answers(
 
     A card's attention takes no float32, so this needs the emulator and its option.
     """
-    sizes = (1, 2)
-    jobs = [job(name, checkpoints[name], 2, "float32", size) for size in sizes for name in MODELS]
-    answers = iter(run(jobs, tmp_path_factory.mktemp("float32"), ON_EMULATOR_WITH_FLOAT32))
-    return {size: {name: next(answers) for name in MODELS} for size in sizes}
+    jobs = [job(name, checkpoints[name], 2, "float32", size) for size, name in RUNS]
+    results: dict[int, Answers] = {}
+    for (size, name), answers in zip(
+        RUNS, run(jobs, tmp_path_factory.mktemp("float32"), ON_EMULATOR_WITH_FLOAT32), strict=True
+    ):
+        results.setdefault(size, {})[name] = answers
+    return results
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +61,10 @@ def bfloat16_answers(
 ) -> dict[int, Answers]:
     """By tensor-parallel size."""
     sizes = (1, 2)
-    jobs = [job(name, checkpoints[name], 1, "bfloat16", size) for size in sizes for name in RANDOM_MODELS]
+    names = FULL_ATTENTION_MODELS
+    jobs = [job(name, checkpoints[name], 1, "bfloat16", size) for size in sizes for name in names]
     answers = iter(run(jobs, tmp_path_factory.mktemp("bfloat16")))
-    return {size: {name: next(answers) for name in RANDOM_MODELS} for size in sizes}
+    return {size: {name: next(answers) for name in names} for size in sizes}
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +86,7 @@ def job(name: str, folder: Path, times: int, dtype: str, size: int, stages: int 
         "max_model_len": 384,
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 32 << 20,
+        "kv_cache_memory_bytes": cache_bytes_of(name),
         "block_size": block_size_of(name),
     }
     return Job(str(folder), options, [prompts_of(name)] * times, NUM_NEW_TOKENS)

@@ -37,6 +37,10 @@ class Tiny:
     block_size: int | None
     """Tokens per KV block in the engine; None is the engine's choice."""
     sizes: dict[str, Any]
+    window: int | None = None
+    """Tokens that any layer's last token sees, where no layer sees all of them."""
+    cache_bytes: int = 32 << 20
+    """Memory for the engine's KV blocks."""
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint: float32, the same weights every time."""
@@ -100,10 +104,44 @@ RANDOM_MODELS = {
             "head_dim": 32,
         },
     ),
+    "mistral": Tiny(
+        "MistralConfig",
+        16,
+        {
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "sliding_window": 40,
+        },
+        window=40,
+        # 64 blocks for prompts and answers of 1320 tokens: those left of the window are used again.
+        cache_bytes=64 * 3 * 16 * 2 * 2 * 16 * 4,
+    ),
+    # A group of layers that see everything and two that do not, in the same memory.
+    "gemma3": Tiny(
+        "Gemma3TextConfig",
+        16,
+        {
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 24,
+            # Tied, a token's own embedding would outweigh everything, and the model would repeat it.
+            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
 }
 
-
 MODELS = (*RANDOM_MODELS, RECALL)
+FULL_ATTENTION_MODELS = ("llama", "qwen2", "qwen3")
+
+RUNS = [(size, name) for size in (1, 2) for name in MODELS if (size, name) != (2, "mistral")]
+"""Tensor-parallel sizes and models on which engines are run; gemma3 stands for all windows with two ranks."""
 
 
 def prompts_of(name: str) -> list[list[int]]:
@@ -117,6 +155,17 @@ def prompts_of(name: str) -> list[list[int]]:
 def block_size_of(name: str) -> int | None:
     """Tokens per KV block that the engine is asked for; None leaves it to the engine."""
     return None if name == RECALL else RANDOM_MODELS[name].block_size
+
+
+def cache_bytes_of(name: str) -> int:
+    """Memory for KV blocks that the engine is given."""
+    return Tiny.cache_bytes if name == RECALL else RANDOM_MODELS[name].cache_bytes
+
+
+def farthest_token_that_matters(name: str, num_prompt_tokens: int) -> int:
+    """The first token of a prompt that some layer's attention sees from the prompt's last token."""
+    window = RANDOM_MODELS[name].window
+    return 0 if window is None else max(0, num_prompt_tokens - window)
 
 
 def text_of(tokens: list[int]) -> str:

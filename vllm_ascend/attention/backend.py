@@ -69,6 +69,10 @@ class GroupedAttentionBackend(AttentionBackend):
         return head_size % HEAD_SIZE_STEP == 0 and head_size <= MAX_HEAD_SIZE
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
         return (KVCacheLayout.LBHNC,)

@@ -3,6 +3,9 @@
 
 One operator serves prefill, chunked prefill and decode alike, over packed tokens (layout TND), with a mask
 that is causal from the bottom right: a request's last query row sees all its KV, the row above one less.
+
+A layer with a sliding window of W tokens sees of those the last W. vLLM gives the blocks left of every row's
+window to other requests, so the block table's entries for them mean nothing there; the operator skips them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from vllm_ascend.attention.metadata import GroupedAttentionMetadata
 from vllm_ascend.errors import ConfigError
 
 CAUSAL_FROM_BOTTOM_RIGHT = 3
-"""`sparse_mode` of npu_fused_infer_attention_score."""
+BAND_FROM_BOTTOM_RIGHT = 4
+"""`sparse_mode` of npu_fused_infer_attention_score; a band ends where `pre_tokens` and `next_tokens` say."""
 
 
 class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
@@ -39,12 +43,12 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         for name, value in {"ALiBi slopes": alibi_slopes, "logits_soft_cap": logits_soft_cap}.items():
             if value:
                 raise ConfigError(f"this model needs {name}, and an NPU engine does not do that yet")
-        assert sliding_window is None
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._visible = _visible(sliding_window)
         self._owns_cache = kv_sharing_target_layer_name is None
 
     def forward(
@@ -89,8 +93,16 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
             num_key_value_heads=self.num_kv_heads,
             scale=self.scale,
             input_layout="TND",
-            sparse_mode=CAUSAL_FROM_BOTTOM_RIGHT,
+            **self._visible,
         )
         output[:num_tokens] = attended
         output[num_tokens:].zero_()
         return output
+
+
+def _visible(sliding_window: int | None) -> dict[str, int]:
+    """The operator's arguments that say which keys a row sees: all up to its own, or the last of them."""
+    if sliding_window is None:
+        return {"sparse_mode": CAUSAL_FROM_BOTTOM_RIGHT}
+    # vLLM counts the row's own token to the window and the operator does not.
+    return {"sparse_mode": BAND_FROM_BOTTOM_RIGHT, "pre_tokens": sliding_window - 1, "next_tokens": 0}
