@@ -18,20 +18,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
+from connector.topologies import LAYERS, Model
+from vllm.config import (
+    CacheConfig,
+    KVTransferConfig,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
-LAYERS, BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 3, 16, 24, 16
+BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 16, 24, 16
+
+Blocks = list[int] | tuple[list[int], ...]
+"""A request's blocks, of the only KV cache group or of each."""
 
 
 def model_folder(folder: Path, num_kv_heads: int, **changes: Any) -> Path:
@@ -62,10 +81,14 @@ def engine_config(
     *,
     block_size: int = BLOCK_SIZE,
     pp_size: int = 1,
+    draft: Path | None = None,
     **transfer: Any,
 ) -> VllmConfig:
-    """The configuration that `vllm serve` would make; port 0 unless `transfer` says otherwise."""
-    return VllmConfig(
+    """The configuration that `vllm serve` would make; port 0 unless `transfer` says otherwise.
+
+    `draft`: a draft model's folder.
+    """
+    config = VllmConfig(
         model_config=ModelConfig(
             model=str(model),
             skip_tokenizer_init=True,
@@ -87,22 +110,50 @@ def engine_config(
             },
         ),
     )
+    if draft is not None:
+        # Afterwards, since an NPU engine does not speculate yet; a draft model's cache moves all the same.
+        config.speculative_config = SpeculativeConfig(
+            method="eagle",
+            model=str(draft),
+            num_speculative_tokens=1,
+            target_model_config=config.model_config,
+            target_parallel_config=config.parallel_config,
+        )
+    return config
 
 
 def cache_config(
-    num_kv_heads: int, tp_size: int, block_size: int = BLOCK_SIZE, layers: range = range(LAYERS)
+    model: Model, tp_size: int, block_size: int = BLOCK_SIZE, layers: range = range(LAYERS)
 ) -> KVCacheConfig:
     """What vLLM gives a rank that has `layers` of the model."""
-    spec = FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=max(1, num_kv_heads // tp_size),
-        head_size=HEAD_SIZE,
-        dtype=torch.bfloat16,
-    )
-    names = [f"model.layers.{i}.self_attn.attn" for i in layers]
-    return KVCacheConfig(
-        num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
-    )
+    groups = []
+    for group in range(len(model.windows)):
+        own = model.layers_of(group, layers)
+        specs = {name_of(layer): spec_of(model, layer, tp_size, block_size) for layer in own}
+        # A pipeline stage knows groups of which it has no layer.
+        first = spec_of(model, model.group_of_layer.index(group), tp_size, block_size)
+        alike = all(spec == first for spec in specs.values())
+        spec = first if alike else UniformTypeKVCacheSpecs(block_size=block_size, kv_cache_specs=specs)
+        groups.append(KVCacheGroupSpec(list(specs), spec))
+    return KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> AttentionSpec:
+    shape = {
+        "block_size": block_size,
+        "num_kv_heads": model.heads_on_a_rank(tp_size, layer),
+        "head_size": HEAD_SIZE,
+        "dtype": getattr(torch, model.dtype),
+    }
+    if model.latent:
+        return MLAAttentionSpec(**shape)
+    if (window := model.windows[model.group_of(layer)]) is not None:
+        return SlidingWindowSpec(**shape, sliding_window=window)
+    return FullAttentionSpec(**shape)
+
+
+def name_of(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn.attn"
 
 
 class Engine:
@@ -114,35 +165,41 @@ class Engine:
     def __init__(
         self,
         config: VllmConfig,
-        num_kv_heads: int,
+        model: Model | int,
         pages_per_block: int = 1,
-        layers_per_stage: Sequence[int] = (LAYERS,),
+        layers_per_stage: Sequence[int] | None = None,
     ) -> None:
-        """`pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler."""
+        """`model`: an integer is a plain model's number of KV heads.
+
+        `pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler.
+        """
+        self.model = model if isinstance(model, Model) else Model(model)
         self.tp_size = config.parallel_config.tensor_parallel_size
+        layers_per_stage = layers_per_stage or (self.model.num_layers,)
         assert config.parallel_config.pipeline_parallel_size == len(layers_per_stage)
         self.num_ranks = self.tp_size * len(layers_per_stage)
         ends = [0, *itertools.accumulate(layers_per_stage)]
+        if self.model.draft_heads is not None:
+            ends[-1] += 1
         self._stages = [range(start, stop) for start, stop in itertools.pairwise(ends)]
-        block_size = config.cache_config.block_size
-        caches = [cache_config(num_kv_heads, self.tp_size, block_size, layers) for layers in self._stages]
+        self.block_size = config.cache_config.block_size
+        self.page_size = self.block_size // pages_per_block
+        caches = [cache_config(self.model, self.tp_size, self.block_size, layers) for layers in self._stages]
         self._closing: list[MooncakeConnector] = []
         self.scheduler = self._connector(config, KVConnectorRole.SCHEDULER, caches[0])
         self.workers = []
-        self.tensors = []
+        self._memory: list[torch.Tensor] = []
+        self._tensors: list[dict[int, torch.Tensor]] = []
         for rank in range(self.num_ranks):
-            (group,) = caches[rank // self.tp_size].kv_cache_groups
             worker = self._connector(
                 _at_rank(config, rank), KVConnectorRole.WORKER, caches[rank // self.tp_size]
             )
-            num_pages, page_size = NUM_BLOCKS * pages_per_block, block_size // pages_per_block
-            heads = group.kv_cache_spec.num_kv_heads
-            shape = (len(group.layer_names), num_pages, heads, page_size, 2 * HEAD_SIZE)
-            tensor = torch.zeros(shape, dtype=torch.bfloat16, device=device(rank))
+            self._allocate(rank)
             with torch.npu.device(device(rank)):
-                worker.register_kv_caches(dict(zip(group.layer_names, tensor, strict=True)))
+                worker.register_kv_caches(
+                    {name_of(layer): tensor for layer, tensor in self._tensors[rank].items()}
+                )
             self.workers.append(worker)
-            self.tensors.append(tensor)
         self.scheduler.set_xfer_handshake_metadata_pp_aware(
             {
                 divmod(rank, self.tp_size): worker.get_handshake_metadata()
@@ -156,22 +213,35 @@ class Engine:
         return self._stages[rank // self.tp_size]
 
     def pages(self, rank: int) -> torch.Tensor:
-        """The rank's cache, its own memory, as bits [layer, page, K/V, token, head, dim]."""
-        tensor = self.tensors[rank]
-        layers, num_pages, heads, page_size, content = tensor.shape
-        return tensor.view(torch.int16).view(layers, num_pages, 2, page_size, heads, content // 2)
+        """The rank's cache, its own memory, as bits [layer, page, K/V, token, head, dim].
 
-    def kv(self, rank: int) -> torch.Tensor:
-        """A copy of the rank's cache in main memory, as bits [layer, K/V, slot, head, dim]."""
-        layers, num_pages, halves, page_size, heads, dim = self.pages(rank).shape
-        by_half = self.pages(rank).cpu().transpose(1, 2)
-        return by_half.reshape(layers, halves, num_pages * page_size, heads, dim)
+        Groups lie over each other in it; a draft model's layer is not in it.
+        """
+        memory = self._memory[rank].view(torch.int16)
+        layers, num_pages, heads, page_size, content = memory.shape
+        return memory.view(layers, num_pages, content // HEAD_SIZE, page_size, heads, HEAD_SIZE)
 
-    def fill(self, rank: int, kv: torch.Tensor) -> None:
-        """Set the rank's cache to `kv`, bits as `kv()` returns them."""
-        layers, num_pages, halves, page_size, heads, dim = self.pages(rank).shape
-        by_half = kv.reshape(layers, halves, num_pages, page_size, heads, dim)
-        self.pages(rank).copy_(by_half.transpose(1, 2).contiguous())
+    def layer(self, rank: int, layer: int) -> torch.Tensor:
+        """One layer, its own memory, as bits [page, plane, token, head, dim]."""
+        tensor = self._tensors[rank][layer].view(torch.int16)
+        heads = self.model.heads_on_a_rank(self.tp_size, layer)
+        return tensor.view(len(tensor), -1, self.page_size, heads, HEAD_SIZE)
+
+    def layers_at(self, rank: int, layer: int) -> list[int]:
+        """The layers that share the layer's memory, itself among them."""
+        start = self._tensors[rank][layer].data_ptr()
+        return [other for other, tensor in self._tensors[rank].items() if tensor.data_ptr() == start]
+
+    def kv(self, rank: int, layer: int) -> torch.Tensor:
+        """A copy of one layer in main memory, as bits [plane, slot, head, dim]."""
+        by_page = self.layer(rank, layer).cpu()
+        return by_page.transpose(0, 1).reshape(by_page.shape[1], -1, *by_page.shape[3:])
+
+    def fill(self, rank: int, layer: int, kv: torch.Tensor) -> None:
+        """Set one layer to `kv`, bits as `kv()` returns them."""
+        pages = self.layer(rank, layer)
+        by_plane = kv.reshape(pages.shape[1], pages.shape[0], *pages.shape[2:])
+        pages.copy_(by_plane.transpose(0, 1).contiguous())
 
     def step(self) -> KVConnectorOutput:
         """One engine step with no request scheduled."""
@@ -216,6 +286,26 @@ class Engine:
         for connector in self._closing:
             connector.shutdown()
 
+    def _allocate(self, rank: int) -> None:
+        """Memory for the rank's layers. As vLLM lays them, the n-th layers of all groups share theirs."""
+        model, layers = self.model, self.layers(rank)
+        of_model = range(layers.start, min(layers.stop, model.num_layers))
+        of_groups = [model.layers_of(group, of_model) for group in range(len(model.windows))]
+        memory = self._zeros(rank, max(map(len, of_groups)), model.heads_on_a_rank(self.tp_size))
+        tensors = {layer: memory[i] for of_group in of_groups for i, layer in enumerate(of_group)}
+        if model.num_layers in layers:
+            heads = model.heads_on_a_rank(self.tp_size, model.num_layers)
+            (tensors[model.num_layers],) = self._zeros(rank, 1, heads)
+        self._memory.append(memory)
+        # vLLM's view of latents has no axis for heads.
+        self._tensors.append({i: t.squeeze(1) if model.latent else t for i, t in tensors.items()})
+
+    def _zeros(self, rank: int, num_layers: int, heads: int) -> torch.Tensor:
+        num_pages = NUM_BLOCKS * self.block_size // self.page_size
+        planes = 1 if self.model.latent else 2
+        shape = (num_layers, num_pages, heads, self.page_size, planes * HEAD_SIZE)
+        return torch.zeros(shape, dtype=getattr(torch, self.model.dtype), device=device(rank))
+
     def _connector(
         self, config: VllmConfig, role: KVConnectorRole, caches: KVCacheConfig
     ) -> MooncakeConnector:
@@ -248,13 +338,13 @@ def request(request_id: str, num_prompt_tokens: int, params: dict[str, Any]) -> 
     )
 
 
-def prefilled(engine: Engine, request_id: str, num_tokens: int, blocks: Sequence[int]) -> dict[str, Any]:
+def prefilled(engine: Engine, request_id: str, num_tokens: int, blocks: Blocks) -> dict[str, Any]:
     """Finish a request on the prefill engine, its KV in `blocks`; the router's view of the answer."""
     done = request(request_id, num_tokens, {"do_remote_decode": True, "do_remote_prefill": False})
     engine.scheduler.on_new_request(done)
     done.num_computed_tokens = num_tokens
     done.status = RequestStatus.FINISHED_LENGTH_CAPPED
-    held, params = engine.scheduler.request_finished_all_groups(done, (list(blocks),))
+    held, params = engine.scheduler.request_finished_all_groups(done, _by_group(blocks))
     assert held
     # The router sends JSON.
     return json.loads(json.dumps(params))
@@ -264,7 +354,7 @@ def admit(
     engine: Engine,
     request_id: str,
     num_tokens: int,
-    blocks: Sequence[int],
+    blocks: Blocks,
     params: dict[str, Any],
     cached: int = 0,
 ) -> tuple[Request, int]:
@@ -273,7 +363,7 @@ def admit(
     engine.scheduler.on_new_request(wanted)
     num_external, is_async = engine.scheduler.get_num_new_matched_tokens(wanted, cached)
     assert is_async == (num_external > 0)
-    allocated = KVCacheBlocks(([KVCacheBlock(block) for block in blocks],))
+    allocated = KVCacheBlocks(tuple([KVCacheBlock(block) for block in group] for group in _by_group(blocks)))
     engine.scheduler.update_state_after_alloc(wanted, allocated, num_external)
     return wanted, num_external
 
@@ -286,5 +376,12 @@ def finish(engine: Engine, ended: Request) -> dict[str, Any] | None:
     return params
 
 
+def _by_group(blocks: Blocks) -> tuple[list[int], ...]:
+    return blocks if isinstance(blocks, tuple) else (blocks,)
+
+
 def _at_rank(config: VllmConfig, rank: int) -> VllmConfig:
-    return dataclasses.replace(config, parallel_config=dataclasses.replace(config.parallel_config, rank=rank))
+    parallel = dataclasses.replace(config.parallel_config, rank=rank)
+    at_rank = dataclasses.replace(config, parallel_config=parallel, speculative_config=None)
+    at_rank.speculative_config = config.speculative_config
+    return at_rank

@@ -67,6 +67,8 @@ def test_a_fence_waits_for_the_work_before_it():
         target = torch.zeros(2**22, device=device)
         for _ in range(8):
             target.copy_(source, non_blocking=True)
-        fence = regroup.fence()
-        fence.wait()
-        assert torch.npu.current_stream().query()
+        copied = torch.npu.Event()
+        copied.record()
+        assert not copied.query()
+        regroup.fence().wait()
+        assert copied.query()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from connector.engines import Engine, admit, cache_config, engine_config, model_folder, prefilled, running
+from connector.topologies import Model
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
@@ -43,7 +44,9 @@ def test_options_are_refused_before_anything_starts(model, extra, sentence):
     # vLLM's configuration passes the sentence on in an error of its own, which is a ValueError as well.
     with pytest.raises(ValueError, match=sentence):
         MooncakeConnector(
-            engine_config(model, 1, "kv_consumer", extra), KVConnectorRole.WORKER, cache_config(HEADS, 1)
+            engine_config(model, 1, "kv_consumer", extra),
+            KVConnectorRole.WORKER,
+            cache_config(Model(HEADS), 1),
         )
 
 
@@ -56,7 +59,7 @@ def test_an_address_of_no_machine_is_refused(model, host):
 def test_an_address_of_another_machine_cannot_be_bound(model):
     config = engine_config(model, 1, "kv_producer", {"host": "203.0.113.7"})
     with pytest.raises(ConfigError, match=r"cannot bind 203\.0\.113\.7:0 .* to an address of this machine"):
-        MooncakeConnector(config, KVConnectorRole.SCHEDULER, cache_config(HEADS, 1))
+        MooncakeConnector(config, KVConnectorRole.SCHEDULER, cache_config(Model(HEADS), 1))
 
 
 def test_a_port_that_is_taken_is_named_and_no_thread_stays(model):
@@ -67,7 +70,7 @@ def test_a_port_that_is_taken_is_named_and_no_thread_stays(model):
         port = other.getsockname()[1]
         config = engine_config(model, 1, "kv_producer", kv_port=port)
         with pytest.raises(ConfigError, match=rf"port {port} on 127\.0\.0\.1 is taken; give each engine"):
-            MooncakeConnector(config, KVConnectorRole.SCHEDULER, cache_config(HEADS, 1))
+            MooncakeConnector(config, KVConnectorRole.SCHEDULER, cache_config(Model(HEADS), 1))
     assert threading.active_count() == threads
 
 
@@ -130,6 +133,52 @@ def test_engines_that_do_not_fit_name_the_field_and_both_values(
         assert sentence in caplog_vllm.text
         freed = prefill.step_until(lambda output: bool(output.finished_sending), timeout_s=5)
         assert freed.finished_sending == {"p"}
+
+
+@pytest.mark.parametrize(
+    ("of_prefill", "of_decode", "sentence"),
+    [
+        pytest.param(
+            Model(HEADS),
+            Model(HEADS, dtype="float32"),
+            "cache_dtype is 'bfloat16' there and 'float32' here in layer model.layers.0.self_attn.attn",
+            id="element type",
+        ),
+        pytest.param(
+            Model(1, latent=True),
+            Model(HEADS),
+            "layout is 'latent' there and 'token-major' here in layer model.layers.0.self_attn.attn",
+            id="latents and heads",
+        ),
+        pytest.param(
+            Model(HEADS),
+            Model(HEADS, draft_heads=HEADS),
+            "layer model.layers.3.self_attn.attn is stored by 0 pipeline stages of the prefill engine",
+            id="no draft model there",
+        ),
+        pytest.param(
+            Model(HEADS, draft_heads=2),
+            Model(HEADS, draft_heads=HEADS),
+            "num_kv_heads is 2 there and 4 here in layer model.layers.3.self_attn.attn",
+            id="another draft model",
+        ),
+        pytest.param(
+            Model(HEADS, windows=(24, 24), group_of_layer=(0, 1, 1)),
+            Model(HEADS, windows=(24, 24), group_of_layer=(0, 0, 1)),
+            "are in KV cache group 0 here and in 0, 1 of prefill engine",
+            id="other groups",
+        ),
+    ],
+)
+def test_layers_that_differ_are_named(model, caplog_vllm, of_prefill, of_decode, sentence):
+    prefill = Engine(engine_config(model, 1, "kv_producer"), of_prefill)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), of_decode)
+    with running(prefill, decode):
+        lists = tuple([1 + 2 * group, 2 + 2 * group] for group in range(len(of_decode.windows)))
+        admit(decode, "d", 20, lists, prefilled(prefill, "p", 20, lists))
+        output = decode.step_until(lambda output: bool(output.finished_recving))
+        assert output.failed_recving == {"d"}
+        assert sentence in caplog_vllm.text
 
 
 def test_a_peer_that_was_restarted_is_not_mistaken_for_its_predecessor(model, caplog_vllm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,6 @@ import torch
 from connector.engines import (
     BLOCK_SIZE,
     HEAD_SIZE,
-    LAYERS,
-    NUM_BLOCKS,
     Engine,
     admit,
     engine_config,
@@ -22,7 +21,7 @@ from connector.engines import (
     prefilled,
     running,
 )
-from connector.topologies import TABLE, Pair
+from connector.topologies import LAYERS, TABLE, Pair
 
 UNTOUCHED = 0x5A5A
 
@@ -34,9 +33,78 @@ PROMPTS = [
     pytest.param(4 * BLOCK_SIZE + 1, id="one token more than four blocks"),
 ]
 
-REMOTE_BLOCKS = (17, 3, 4, 5, 22)
-LOCAL_BLOCKS = (9, 10, 11, 2, 20)
-"""Scattered, with neighbours on one side, on the other, and on both."""
+REMOTE_BLOCKS = ((17, 3, 4, 5, 22), (6, 7, 1, 12, 13), (2, 8, 9, 10, 18))
+LOCAL_BLOCKS = ((9, 10, 11, 2, 20), (1, 3, 4, 5, 23), (12, 13, 7, 8, 14))
+"""For each KV cache group, scattered, with neighbours on one side, on the other, and on both."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=TABLE,
+    ids=str,
+)
+def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, Pair]]:
+    pair: Pair = request.param
+    folder = Path(tmp_path_factory.mktemp("model"))
+    # 24 heads of queries: vLLM wants them divisible by every TP size of the table.
+    wide = {"num_attention_heads": 24, "hidden_size": 384}
+    model = model_folder(folder / "model", pair.model.num_kv_heads, **wide)
+    if (draft_heads := pair.model.draft_heads) is not None:
+        draft = model_folder(folder / "draft", draft_heads, num_hidden_layers=1, **wide)
+    else:
+        draft = None
+    prefill, decode = (
+        Engine(
+            engine_config(
+                model,
+                side.tp_size,
+                role,
+                block_size=side.block_size,
+                pp_size=len(side.layers_per_stage),
+                draft=draft,
+            ),
+            pair.model,
+            side.pages_per_block,
+            side.layers_per_stage,
+        )
+        for side, role in ((pair.prefill, "kv_producer"), (pair.decode, "kv_consumer"))
+    )
+    with running(prefill, decode):
+        yield prefill, decode, pair
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of one KV cache group must arrive."""
+
+    remote: list[int]
+    local: list[int]
+    """The request's blocks, as vLLM lists them: 0 where the window has passed."""
+    num_blocks: int
+    sources: list[int]
+    targets: list[int]
+    """Slots."""
+
+
+def wanted_of(group: int, pair: Pair, num_tokens: int) -> Wanted:
+    """Written apart from the code under test, token by token."""
+    window = pair.model.windows[group] or 10**9
+    seen = [token for token in range(num_tokens) if num_tokens - token < window]
+    # Whole pages move where they are alike, and otherwise what ends with a page that either side could have.
+    step = math.gcd(pair.prefill.page_size, pair.decode.page_size)
+    moved = range(seen[0] // step * step, -(-num_tokens // step) * step)
+
+    def listed(blocks: Sequence[int], size: int) -> list[int]:
+        needed = blocks[: -(-(num_tokens + 1) // size)]
+        return [block if (i + 1) * size > seen[0] else 0 for i, block in enumerate(needed)]
+
+    def slots(blocks: Sequence[int], size: int) -> list[int]:
+        return [blocks[token // size] * size + token % size for token in moved]
+
+    there, here = pair.prefill.block_size, pair.decode.block_size
+    remote, local = listed(REMOTE_BLOCKS[group], there), listed(LOCAL_BLOCKS[group], here)
+    num_blocks = len({token // here for token in seen})
+    return Wanted(remote, local, num_blocks, slots(remote, there), slots(local, here))
 
 
 def heads_of(rank: int, tp_size: int, heads: int) -> slice:
@@ -48,91 +116,68 @@ def heads_of(rank: int, tp_size: int, heads: int) -> slice:
     return slice(head, head + 1)
 
 
-def part_of(engine: Engine, rank: int, num_kv_heads: int, bits: torch.Tensor) -> torch.Tensor:
-    """The rank's layers and heads of `bits` [layer, K/V, slot, head, dim]."""
-    layers, heads = engine.layers(rank), heads_of(rank % engine.tp_size, engine.tp_size, num_kv_heads)
-    return bits[layers.start : layers.stop, ..., heads, :]
-
-
-@pytest.fixture(
-    scope="module",
-    params=TABLE,
-    ids=str,
-)
-def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine, Pair]]:
-    sizes: Pair = request.param
-    heads = sizes.num_kv_heads
-    folder = Path(tmp_path_factory.mktemp("model"))
-    # 24 heads of queries: vLLM wants them divisible by every TP size of the table.
-    model = model_folder(folder, heads, num_attention_heads=24, hidden_size=384)
-    prefill, decode = (
-        Engine(
-            engine_config(
-                model, side.tp_size, role, block_size=side.block_size, pp_size=len(side.layers_per_stage)
-            ),
-            heads,
-            side.pages_per_block,
-            side.layers_per_stage,
-        )
-        for side, role in ((sizes.prefill, "kv_producer"), (sizes.decode, "kv_consumer"))
-    )
-    with running(prefill, decode):
-        yield prefill, decode, sizes
-
-
-@pytest.fixture
-def reference(engines: tuple[Engine, Engine, Pair]) -> torch.Tensor:
-    """Random bits [layer, K/V, slot, head, dim], every prefill rank's slice of them in its cache."""
-    prefill, decode, sizes = engines
-    shape = (LAYERS, 2, NUM_BLOCKS * sizes.prefill.block_size, sizes.num_kv_heads, HEAD_SIZE)
-    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
-    for rank in range(prefill.num_ranks):
-        prefill.fill(rank, part_of(prefill, rank, sizes.num_kv_heads, bits))
-    for rank in range(decode.num_ranks):
-        decode.pages(rank).fill_(UNTOUCHED)
-    return bits
-
-
-def slots_of(num_tokens: int, blocks: Sequence[int], block_size: int) -> list[int]:
-    return [blocks[token // block_size] * block_size + token % block_size for token in range(num_tokens)]
+def part_of(engine: Engine, rank: int, layer: int, bits: torch.Tensor) -> torch.Tensor:
+    """The rank's heads of one layer's `bits` [plane, token, head, dim]."""
+    return bits[..., heads_of(rank % engine.tp_size, engine.tp_size, engine.model.heads_of(layer)), :]
 
 
 @pytest.mark.parametrize("num_tokens", PROMPTS)
-def test_bytes(engines, reference, num_tokens):
-    prefill, decode, sizes = engines
-    heads = sizes.num_kv_heads
-    num_prompt_tokens = num_tokens + 1
-    remote, local = (
-        blocks[: -(-num_prompt_tokens // side.block_size)]
-        for blocks, side in ((REMOTE_BLOCKS, sizes.prefill), (LOCAL_BLOCKS, sizes.decode))
-    )
-    # Whole pages move where they are alike, and otherwise what ends with a page that either side could have.
-    step = math.gcd(sizes.prefill.page_size, sizes.decode.page_size)
-    num_pulled = -(-num_tokens // step) * step
+def test_bytes(engines, num_tokens):
+    prefill, decode, pair = engines
+    model = pair.model
+    groups = [wanted_of(group, pair, num_tokens) for group in range(len(model.windows))]
+    layers = range(model.num_layers + (model.draft_heads is not None))
+    # Random bits [plane, token, head, dim] of every layer, each prefill rank's slice of them in its cache.
+    reference = {
+        layer: torch.randint(
+            -(2**15),
+            2**15,
+            (
+                1 if model.latent else 2,
+                len(groups[model.group_of(layer)].sources),
+                model.heads_of(layer),
+                HEAD_SIZE,
+            ),
+            dtype=torch.int16,
+        )
+        for layer in layers
+    }
+    for rank in range(prefill.num_ranks):
+        for layer in prefill.layers(rank):
+            kv = prefill.kv(rank, layer)
+            kv[:, groups[model.group_of(layer)].sources] = part_of(prefill, rank, layer, reference[layer])
+            prefill.fill(rank, layer, kv)
+    for rank in range(decode.num_ranks):
+        for layer in decode.layers(rank):
+            decode.layer(rank, layer).fill_(UNTOUCHED)
 
-    params = prefilled(prefill, f"p-{num_tokens}", num_prompt_tokens, remote)
-    wanted, num_external = admit(decode, f"d-{num_tokens}", num_prompt_tokens, local, params)
+    params = prefilled(prefill, f"p-{num_tokens}", num_tokens + 1, tuple(group.remote for group in groups))
+    local = tuple(group.local for group in groups)
+    request, num_external = admit(decode, f"d-{num_tokens}", num_tokens + 1, local, params)
     assert num_external == num_tokens
     output = decode.step_until(lambda output: bool(output.finished_recving))
 
     assert output.finished_recving == {f"d-{num_tokens}"}
     assert not output.failed_recving
-    sources = slots_of(num_pulled, remote, sizes.prefill.block_size)
-    targets = slots_of(num_pulled, local, sizes.decode.block_size)
+    num_elements = 0
     for rank in range(decode.num_ranks):
-        found = decode.kv(rank)
-        expected = torch.full_like(found, UNTOUCHED)
-        expected[:, :, targets] = part_of(decode, rank, heads, reference[:, :, sources])
-        assert torch.equal(found, expected), f"decode rank {rank}"
+        for layer in decode.layers(rank):
+            found = decode.kv(rank, layer)
+            expected = torch.full_like(found, UNTOUCHED)
+            # Groups lie over each other: what another group's layer got is in this memory, too.
+            for other in decode.layers_at(rank, layer):
+                part = part_of(decode, rank, other, reference[other])
+                expected[:, groups[model.group_of(other)].targets] = part
+            assert torch.equal(found, expected), f"decode rank {rank}, layer {layer}"
+            num_elements += part_of(decode, rank, layer, reference[layer]).numel()
 
     freed = prefill.step_until(lambda output: bool(output.finished_sending))
     assert freed.finished_sending == {f"p-{num_tokens}"}
 
-    transfer = finish(decode, wanted)
-    copies = max(1, decode.tp_size // heads)
-    assert transfer["bytes"] == LAYERS * 2 * num_pulled * HEAD_SIZE * 2 * heads * copies
-    assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_prompt_tokens, num_tokens)
-    assert transfer["blocks"] == -(-num_tokens // sizes.decode.block_size)
+    transfer = finish(decode, request)
+    assert transfer["bytes"] == 2 * num_elements
+    assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_tokens + 1, num_tokens)
+    assert transfer["blocks"] == sum(group.num_blocks for group in groups)
     assert set(transfer["sources"]) <= set(range(prefill.num_ranks))
 
 
@@ -147,12 +192,14 @@ def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):
         _, num_external = admit(decode, "d", 97, [7, 8, 4, 1, 9, 12, 13], params, cached=48)
         assert num_external == 48
         decode.step_until(lambda output: output.finished_recving == {"d"})
-        found = decode.kv(0)
+        found, there = (
+            torch.stack([one.kv(0, layer) for layer in range(LAYERS)]) for one in (decode, prefill)
+        )
         expected = torch.full_like(found, UNTOUCHED)
         # Tokens 48 to 63 are at the end of block 5 there, 64 to 95 at the start of block 2.
-        expected[:, :, 1 * 16 : 2 * 16] = prefill.kv(0)[:, :, 5 * 64 + 48 : 6 * 64]
-        expected[:, :, 9 * 16 : 10 * 16] = prefill.kv(0)[:, :, 2 * 64 : 2 * 64 + 16]
-        expected[:, :, 12 * 16 : 13 * 16] = prefill.kv(0)[:, :, 2 * 64 + 16 : 2 * 64 + 32]
+        expected[:, :, 1 * 16 : 2 * 16] = there[:, :, 5 * 64 + 48 : 6 * 64]
+        expected[:, :, 9 * 16 : 10 * 16] = there[:, :, 2 * 64 : 2 * 64 + 16]
+        expected[:, :, 12 * 16 : 13 * 16] = there[:, :, 2 * 64 + 16 : 2 * 64 + 32]
         assert torch.equal(found, expected)
 
 

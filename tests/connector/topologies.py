@@ -14,6 +14,56 @@ PAGE = Path(__file__).parents[2] / "docs" / "kv_transfer.md"
 BEGIN, END = "<!-- tests/connector/topologies.py writes from here -->\n", "<!-- to here -->\n"
 
 
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the KV cache of a model is like."""
+
+    num_kv_heads: int
+    windows: tuple[int | None, ...] = (None,)
+    """Of each KV cache group the sliding window in tokens; None: full attention."""
+    group_of_layer: tuple[int, ...] = (0,) * LAYERS
+    draft_heads: int | None = None
+    """KV heads of the one layer of a draft model, behind the model's own layers and in the first group."""
+    latent: bool = False
+    """A layer keeps one row per token (MLA)."""
+    dtype: str = "bfloat16"
+
+    @property
+    def num_layers(self) -> int:
+        """Layers without that of a draft model."""
+        return len(self.group_of_layer)
+
+    def group_of(self, layer: int) -> int:
+        return 0 if layer == self.num_layers else self.group_of_layer[layer]
+
+    def heads_of(self, layer: int) -> int:
+        """KV heads of a layer, over all ranks."""
+        if layer == self.num_layers:
+            assert self.draft_heads is not None
+            return self.draft_heads
+        return self.num_kv_heads
+
+    def heads_on_a_rank(self, tp_size: int, layer: int = 0) -> int:
+        return max(1, self.heads_of(layer) // tp_size)
+
+    def layers_of(self, group: int, layers: range) -> list[int]:
+        """Which of `layers` the group has."""
+        return [layer for layer in layers if self.group_of(layer) == group]
+
+    def __str__(self) -> str:
+        heads = "latent rows" if self.latent else f"{self.num_kv_heads} heads"
+        windows = [
+            f"{self.group_of_layer.count(group)} with a window of {window}" if window else "full attention"
+            for group, window in enumerate(self.windows)
+        ]
+        groups = f", layers {' and '.join(windows)}" if any(self.windows) else ""
+        draft = "" if self.draft_heads is None else f", draft layer of {self.draft_heads}"
+        return f"{heads}{groups}{draft}"
+
+
 @dataclass(frozen=True)
 class Side:
     """One engine."""
@@ -22,7 +72,7 @@ class Side:
     block_size: int = 16
     pages_per_block: int = 1
     """Into how many blocks of its own attention cuts a block of the scheduler."""
-    layers_per_stage: tuple[int, ...] = (3,)
+    layers_per_stage: tuple[int, ...] = (LAYERS,)
     """How the model's three layers are split among pipeline stages."""
 
     @property
@@ -38,14 +88,23 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prefill engine, a decode engine, and the KV heads of their model."""
+    """A prefill engine, a decode engine, and their model; an integer is a plain model's number of heads."""
 
     prefill: Side
     decode: Side
-    num_kv_heads: int
+    of: Model | int
+
+    @property
+    def model(self) -> Model:
+        return self.of if isinstance(self.of, Model) else Model(self.of)
 
     def __str__(self) -> str:
-        return f"{self.prefill}, to {self.decode}; {self.num_kv_heads} heads"
+        return f"{self.prefill}, to {self.decode}; {self.model}"
+
+
+LATENT = Model(1, latent=True)
+HYBRID = Model(4, windows=(None, 40, 24), group_of_layer=(0, 1, 2))
+WINDOWED = Model(4, windows=(24,))
 
 
 TABLE = (
@@ -102,6 +161,29 @@ TABLE = (
     Pair(Side(1, layers_per_stage=(1, 1, 1)), Side(2, layers_per_stage=(1, 2)), 4),
     Pair(Side(4, layers_per_stage=(1, 2)), Side(2, layers_per_stage=(1, 1, 1)), 2),
     Pair(Side(2, 32, layers_per_stage=(2, 1)), Side(3, 16, layers_per_stage=(1, 2)), 6),
+    # Latent attention: every rank has the same rows, and one is read.
+    Pair(Side(1), Side(1), LATENT),
+    Pair(Side(4), Side(1), LATENT),
+    Pair(Side(1), Side(4), LATENT),
+    Pair(Side(4), Side(2), LATENT),
+    Pair(Side(2, 64, 4), Side(3, 32), LATENT),
+    Pair(Side(2, layers_per_stage=(2, 1)), Side(1), LATENT),
+    # Sliding windows, alone and beside full attention: of a window only what is still seen.
+    Pair(Side(2), Side(1), WINDOWED),
+    Pair(Side(1), Side(1), HYBRID),
+    Pair(Side(2), Side(1), HYBRID),
+    Pair(Side(1), Side(2), HYBRID),
+    Pair(Side(4), Side(8), HYBRID),
+    Pair(Side(2, 32), Side(1, 16), HYBRID),
+    Pair(Side(1, 16), Side(2, 64, 4), HYBRID),
+    Pair(Side(1, layers_per_stage=(2, 1)), Side(1), HYBRID),
+    Pair(Side(2), Side(1, layers_per_stage=(1, 2)), HYBRID),
+    # A draft model's layer, of the model's shape and of its own.
+    Pair(Side(2), Side(1), Model(4, draft_heads=4)),
+    Pair(Side(4), Side(2), Model(8, draft_heads=2)),
+    Pair(Side(1), Side(4), Model(4, draft_heads=8)),
+    Pair(Side(1, layers_per_stage=(2, 1)), Side(2, layers_per_stage=(1, 2)), Model(4, draft_heads=4)),
+    Pair(Side(2), Side(4), Model(1, latent=True, draft_heads=1)),
 )
 
 
@@ -118,10 +200,10 @@ def page_with_table(page: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield "| KV heads | prefill | decode |"
+    yield "| KV heads of a layer | prefill | decode |"
     yield "|---|---|---|"
     for pair in TABLE:
-        yield f"| {pair.num_kv_heads} | {pair.prefill} | {pair.decode} |"
+        yield f"| {pair.model} | {pair.prefill} | {pair.decode} |"
 
 
 if __name__ == "__main__":

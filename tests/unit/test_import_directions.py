@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
-        *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.transport"),
+        *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
+        "kv_transfer.transport",
     },
     "kv_transfer.local": {
         *("errors", "attention.cache_layout", "kv_transfer.messages", "kv_transfer.plan"),

@@ -18,13 +18,18 @@ Entry 2 * b of both windows is block b, so one block table (entries 2 * b) and o
 (slots 2 * b * block_size + offset) serve K and V alike, no byte is copied, and everything vLLM does with
 whole pages (zeroing, copying, lending them to another cache group) stays true.
 
+Latent attention (MLA) caches one row per token, from which K and V of every head are made: the latent and
+the rotated part of the key, side by side. To this file that is one head whose pages have one plane, not two:
+
+    page b  =  [ block_size, latent + rotated part ]
+
 vLLM describes a layer as a view [num_blocks, heads, block_size, content], where content is K and V of
 one token and head. Of that view this plugin keeps the pages and ignores the order inside a page.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -39,9 +44,6 @@ Block = TypeVar("Block", int, "torch.Tensor", npt.NDArray[np.int64])
 OPERATOR_ROW_BYTES = 32
 """The paged operators move rows (K of one token, all heads) whose size is a multiple of this."""
 
-LAYOUT_NAME = "token-major"
-"""How a peer is told the order of bytes in a page; equal names mean equal order."""
-
 HALVES = 2
 """A page has two halves: K, then V."""
 
@@ -55,53 +57,60 @@ class PageLayout:
     num_heads: int
     """KV heads that the page holds."""
     head_size: int
-    """Elements of K of one token and head; V has as many."""
+    """Elements of one token and head in one plane: of K, and as many of V, or of the latent row."""
     itemsize_bytes: int
     """Bytes of one element."""
+    planes: int = HALVES
+    """2: K, then V. 1: latent rows."""
+
+    @property
+    def name(self) -> str:
+        """How a peer is told the order of bytes in a page; equal names mean equal order."""
+        return "latent" if self.planes == 1 else "token-major"
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of K (or V) of one token and head."""
+        """Bytes of one token and head in one plane."""
         return self.head_size * self.itemsize_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of K (or V) of one token, all heads: the distance from token to token."""
+        """Bytes of one token in one plane, all heads: the distance from token to token."""
         return self.num_heads * self.head_bytes
 
     @property
-    def half_bytes(self) -> int:
-        """Bytes of K (or V) of one page: the distance from K to V."""
+    def plane_bytes(self) -> int:
+        """Bytes of one plane of a page: the distance from K to V."""
         return self.block_size * self.row_bytes
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page: the distance from block to block."""
-        return HALVES * self.half_bytes
+        return self.planes * self.plane_bytes
 
     def of_size(self, block_size: int, num_heads: int) -> PageLayout:
         """A page of the same elements, for other numbers of tokens and heads."""
-        return PageLayout(block_size, num_heads, self.head_size, self.itemsize_bytes)
+        return replace(self, block_size=block_size, num_heads=num_heads)
 
     def row_offsets(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the tokens in `slots` begin, in bytes from page 0, as [K/V, slot].
+        """Where the tokens in `slots` begin, in bytes from page 0, as [plane, slot].
 
         A token's slot is its page times `block_size` plus its place in the page.
         """
         page, token = np.divmod(slots, self.block_size)
-        halves = np.arange(HALVES, dtype=np.int64) * self.half_bytes
-        offsets: npt.NDArray[np.int64] = np.add.outer(halves, page * self.page_bytes + token * self.row_bytes)
+        planes = np.arange(self.planes, dtype=np.int64) * self.plane_bytes
+        offsets: npt.NDArray[np.int64] = np.add.outer(planes, page * self.page_bytes + token * self.row_bytes)
         return offsets
 
 
-def page_layout(kv_cache: torch.Tensor) -> PageLayout:
-    """The layout of one layer, given as vLLM's view [num_blocks, heads, block_size, 2 * head_size].
+def page_layout(kv_cache: torch.Tensor, planes: int = HALVES) -> PageLayout:
+    """The layout of one layer, given as vLLM's view [num_blocks, heads, block_size, planes * head_size].
 
     Raises ValueError if the view is not a row of whole pages.
     """
-    _check_pages(kv_cache)
+    _check_pages(kv_cache, planes)
     _, num_heads, block_size, content = kv_cache.shape
-    return PageLayout(block_size, num_heads, content // HALVES, kv_cache.element_size())
+    return PageLayout(block_size, num_heads, content // planes, kv_cache.element_size(), planes)
 
 
 def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +122,7 @@ def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, 
     is seen as that many pages of fewer heads, each with its own K and V. Raises ValueError if the view is not
     a row of whole pages.
     """
-    _check_pages(kv_cache)
+    _check_pages(kv_cache, HALVES)
     num_blocks, num_heads, block_size, content = kv_cache.shape
     halves = kv_cache.view(HALVES * num_blocks * shares, block_size, num_heads // shares, content // HALVES)
     return halves[:-1], halves[1:]
@@ -124,10 +133,10 @@ def operator_block(block: Block) -> Block:
     return HALVES * block
 
 
-def _check_pages(kv_cache: torch.Tensor) -> None:
-    if kv_cache.dim() != 4 or kv_cache.shape[3] % HALVES != 0:
+def _check_pages(kv_cache: torch.Tensor, planes: int) -> None:
+    if kv_cache.dim() != 4 or kv_cache.shape[3] % planes != 0:
         raise ValueError(
-            f"a layer's KV cache must be a view [num_blocks, heads, block_size, 2 * head_size], "
+            f"a layer's KV cache must be a view [num_blocks, heads, block_size, {planes} * head_size], "
             f"got shape {list(kv_cache.shape)}"
         )
     if not kv_cache.is_contiguous():

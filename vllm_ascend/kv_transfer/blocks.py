@@ -5,6 +5,9 @@ A request's blocks are listed in token order, so block i of the list holds the t
 [i * block_size, (i + 1) * block_size), whatever its id. What is to be pulled is an interval of tokens; a
 prefix hit is one that need not move.
 
+Each KV cache group has such a list. Where its layers have a sliding window, the blocks left of it are given
+away, and the list has vLLM's null block in their place.
+
 vLLM's scheduler hands out blocks; a kernel may cut each into several pages, which lie next to each other in
 memory. A token's slot (its block's id times the block size, plus its place in the block) says where it is
 for either: it is token slot % page_size of page slot // page_size. So two engines may cut their caches each
@@ -23,6 +26,9 @@ import numpy.typing as npt
 from vllm_ascend.kv_transfer.topology import Span
 
 Ints = npt.NDArray[np.int64]
+
+NULL_BLOCK = 0
+"""vLLM's null block, which never holds anything: in a request's list, a block left of the window."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,14 @@ def tokens_from(first: int, count: int) -> Span:
     return Span(first, first + count)
 
 
+def tokens_seen(tokens: Span, window: int | None) -> Span:
+    """Of `tokens`, those that the token after them sees, through a sliding window of `window` tokens."""
+    # The next token is in its own window.
+    return tokens if window is None else Span(max(tokens.start, tokens.stop - window + 1), tokens.stop)
+
+
 def positions_of(tokens: Span, block_size: int) -> Span:
-    """Positions in a request's block list that hold `tokens`. `tokens` starts on a block boundary."""
-    # vLLM shows a connector only whole cached blocks, so no block is half local, half remote.
-    assert tokens.start % block_size == 0
+    """Positions in a request's block list that hold `tokens`."""
     return Span(tokens.start // block_size, -(-tokens.stop // block_size))
 
 
@@ -105,13 +115,14 @@ def runs_of(tokens: Span, remote: Blocks, local: Blocks, longest: int) -> Runs:
     Where the pages of both sides have one size, runs are whole pages, as many as lie next to each other and
     at most `longest`. Otherwise a run ends with either side's page, since behind the K of a page comes its V.
     The last run goes on to the next token at which pages of both sides could end: a multiple of the greatest
-    common divisor of their sizes, so that it needs no token which either side has no room for.
+    common divisor of their sizes, so that it needs no token which either side has no room for. The first one
+    begins at such a token, too.
     """
     common = math.gcd(remote.page_size, local.page_size)
-    stop = -(-tokens.stop // common) * common
+    start, stop = tokens.start // common * common, -(-tokens.stop // common) * common
     ends = [np.arange(0, stop, size, dtype=np.int64) for size in (remote.page_size, local.page_size)]
-    cuts = np.unique(np.concatenate(([tokens.start], *ends)))
-    cuts = cuts[cuts >= tokens.start]
+    cuts = np.unique(np.concatenate(([start], *ends)))
+    cuts = cuts[cuts >= start]
     if remote.page_size == local.page_size:
         return neighbours(remote.slots(cuts), local.slots(cuts), common, longest)
     return Runs(remote.slots(cuts), local.slots(cuts), np.diff(np.append(cuts, stop)))

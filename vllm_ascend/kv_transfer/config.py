@@ -118,32 +118,54 @@ def options_of(vllm_config: VllmConfig) -> Options:
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:
     """Raise ConfigError, naming it, for a KV cache that this release does not move."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
+    for group in kv_cache_config.kv_cache_groups:
+        # Layers of one group that differ in shape have a specification each.
+        of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {"every layer": group.kv_cache_spec})
+        for spec in of_layers.values():
+            _check_layer(spec)
+    block_sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    if len(block_sizes) > 1:
         raise ConfigError(
-            f"MooncakeConnectorV1 moves one KV cache group and this model has {len(groups)} (sliding windows "
-            f"or recurrent state beside full attention), which it does not support yet; serve it without "
+            f"MooncakeConnectorV1 moves KV cache groups of one block size and this model's have "
+            f"{sorted(block_sizes)} tokens, which it does not support yet; serve it without "
             f"--kv-transfer-config"
         )
-    spec: Any = groups[0].kv_cache_spec  # Any: its class is known only after the check below
+
+
+def _check_layer(spec: Any) -> None:  # Any: its class is known only after the check below
     kind = type(spec).__name__
-    if kind != "FullAttentionSpec":
+    if kind == "MambaSpec":
         raise ConfigError(
-            f"MooncakeConnectorV1 moves multi-head and grouped-query attention and this model's KV cache is "
-            f"{kind}, which it does not support yet; serve it without --kv-transfer-config"
+            f"MooncakeConnectorV1 moves the KV of attention and this model has recurrent state ({kind}), "
+            f"which it does not support yet; serve it without --kv-transfer-config"
+        )
+    if kind not in ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"):
+        raise ConfigError(
+            f"MooncakeConnectorV1 moves multi-head, grouped-query and latent attention and this model's KV "
+            f"cache is {kind}, which it does not support yet; serve it without --kv-transfer-config"
         )
     if spec.kv_quant_mode.name != "NONE":
         raise ConfigError(
             f"MooncakeConnectorV1 does not support the quantised KV cache {spec.kv_quant_mode.name} yet; "
             f"set --kv-cache-dtype auto"
         )
+    if spec.tokens_per_state != 1:
+        raise ConfigError(
+            f"MooncakeConnectorV1 moves a row per token and this model's KV cache has one for "
+            f"{spec.tokens_per_state} tokens, which it does not support yet; serve it without "
+            f"--kv-transfer-config"
+        )
 
 
 def check_sizes(said: Sizes, found: Sizes, side: str) -> str | None:
-    """A sentence on how the configured sizes of `side` differ from the real ones, or None."""
+    """A sentence on how the configured sizes of `side` differ from the real ones, or None.
+
+    An engine whose data-parallel ranks do not compute together knows of no other: `found` is 1 then, and
+    tells nothing.
+    """
     for name, said_size, found_size in (
         ("tp_size", said.tp_size, found.tp_size),
-        ("dp_size", said.dp_size, found.dp_size),
+        ("dp_size", said.dp_size if found.dp_size != 1 else None, found.dp_size),
         ("pp_size", said.pp_size, found.pp_size),
     ):
         if said_size is not None and said_size != found_size:

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_ascend.kv_transfer.config import check_cache, options_of
-from vllm_ascend.kv_transfer.local import Rank, local_cache
+from vllm_ascend.kv_transfer.local import Rank, local_cache, windows_of
 from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, Engine, Parallel, Pull, RankRegions
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
@@ -100,7 +100,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._numbers: dict[str, TransferNumbers] = {}
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
-            self._decode = DecodeSide() if self._kv_transfer_config.is_kv_consumer else None
+            self._decode = (
+                DecodeSide(windows_of(kv_cache_config)) if self._kv_transfer_config.is_kv_consumer else None
+            )
         else:
             # Started here, so that a missing library ends the engine before its cache is allocated.
             self._protocol = self._options.protocol or default_protocol()

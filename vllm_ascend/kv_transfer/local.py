@@ -1,25 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This rank's KV cache as vLLM hands it over, described for peers, for the planner and for the transport."""
+"""This rank's KV cache as vLLM hands it over, described for peers, for the planner and for the transport.
+
+Layers that are alike and lie in one KV cache group make a `Stack`: what is planned, read and regrouped
+together. Most models have one stack per group. A draft model's layers, which vLLM keeps like any others, may
+be of another shape and then make a stack of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.v1.kv_cache_interface import (
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
-from vllm_ascend.attention.cache_layout import LAYOUT_NAME, PageLayout, page_layout
+from vllm_ascend.attention.cache_layout import HALVES, PageLayout, page_layout
 from vllm_ascend.errors import ConfigError
-from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, RankRegions
+from vllm_ascend.kv_transfer.messages import (
+    BlockSizes,
+    CacheDescription,
+    LayerKind,
+    RankRegions,
+    StackRegions,
+)
 from vllm_ascend.kv_transfer.plan import RankMemory
 from vllm_ascend.kv_transfer.topology import heads_on
 from vllm_ascend.kv_transfer.transport import Address, Region, Session
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 
 @dataclass(frozen=True)
@@ -40,25 +57,55 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """This rank's layers of one KV cache group that are alike. Groups share memory, but no block."""
+
+    group: int
+    """The KV cache group: which of a request's block lists is theirs."""
+    kind: LayerKind
+    """What a peer's layers of the same names must equal."""
+    tensors: tuple[torch.Tensor, ...]
+    """Each layer as a view [pages, heads, tokens per page, content]."""
+    memory: RankMemory
+    """Where the tensors lie."""
+
+    def for_peers(self) -> StackRegions:
+        memory = self.memory
+        return StackRegions(
+            group=self.group,
+            kind=self.kind,
+            first_head=memory.heads.start,
+            num_heads=len(memory.heads),
+            num_blocks=memory.num_blocks,
+            page_bytes=memory.page.page_bytes,
+            layers=memory.layers,
+            addresses=memory.addresses,
+        )
+
+
+@dataclass(frozen=True)
 class LocalCache:
     """One rank's KV cache."""
 
     rank: Rank
-    tensors: tuple[torch.Tensor, ...]
-    """Each layer as vLLM's view [kernel blocks, heads, kernel block size, 2 * head_size]."""
+    stacks: tuple[Stack, ...]
     description: CacheDescription
     """What a peer's must equal."""
-    memory: RankMemory
-    """Where the tensors lie."""
     blocks: BlockSizes
-    """How they are cut into blocks."""
+    """How every layer is cut into blocks."""
 
     def regions(self) -> list[Region]:
         """The layers' memory, neighbours as one region: a card limits how many can be registered."""
-        layer_bytes = self.memory.num_blocks * self.memory.page.page_bytes
-        starts = np.sort(np.array(self.memory.addresses, dtype=np.int64))
-        cuts = np.flatnonzero(np.diff(starts) != layer_bytes) + 1
-        return [Region(Address(int(part[0])), len(part) * layer_bytes) for part in np.split(starts, cuts)]
+        layer_bytes = {
+            address: stack.memory.num_blocks * stack.memory.page.page_bytes
+            for stack in self.stacks
+            for address in stack.memory.addresses
+        }
+        starts = np.array(sorted(layer_bytes), dtype=np.int64)
+        stops = starts + np.array([layer_bytes[Address(int(start))] for start in starts], dtype=np.int64)
+        cuts = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+        parts = zip(np.split(starts, cuts), np.split(stops, cuts), strict=True)
+        return [Region(Address(int(start[0])), int(stop[-1] - start[0])) for start, stop in parts]
 
     def for_peers(self, session: Session) -> RankRegions:
         """What a peer needs to know to read this rank through `session`."""
@@ -66,10 +113,7 @@ class LocalCache:
             tp_rank=self.rank.tp_rank,
             pp_rank=self.rank.pp_rank,
             session=session,
-            num_blocks=self.memory.num_blocks,
-            page_bytes=self.memory.page.page_bytes,
-            layers=self.memory.layers,
-            addresses=self.memory.addresses,
+            stacks=tuple(stack.for_peers() for stack in self.stacks),
         )
 
 
@@ -80,38 +124,98 @@ def local_cache(
     rank: Rank,
 ) -> LocalCache:
     """Describe `kv_caches`, by layer name. Raises ConfigError for shapes that this release does not move."""
-    layers = tuple(kv_cache_config.kv_cache_groups[0].layer_names)
-    tensors = tuple(kv_caches[layer] for layer in layers)
     model = vllm_config.model_config
-    page = _one_layout(tensors)
+    stacks = [
+        stack
+        for index, group in enumerate(kv_cache_config.kv_cache_groups)
+        for stack in _stacks_of(index, group, vllm_config, kv_caches, rank)
+    ]
     description = CacheDescription(
         model=str(model.served_model_name),
         architecture=model.architecture,
         num_layers=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
         vocab_size=model.get_vocab_size(),
-        num_kv_heads=model.get_total_num_kv_heads(),
-        head_size=page.head_size,
-        cache_dtype=str(tensors[0].dtype).removeprefix("torch."),
-        layout=LAYOUT_NAME,
+        windows=windows_of(kv_cache_config),
     )
-    blocks = BlockSizes(block_size=vllm_config.cache_config.block_size, page_size=page.block_size)
-    memory = RankMemory(
-        heads=heads_on(rank.tp_rank, rank.tp_size, description.num_kv_heads),
-        page=page,
-        num_blocks=tensors[0].shape[0],
-        layers=layers,
-        addresses=tuple(Address(tensor.data_ptr()) for tensor in tensors),
-    )
-    return LocalCache(rank, tensors, description, memory, blocks)
-
-
-def _one_layout(tensors: tuple[torch.Tensor, ...]) -> PageLayout:
-    layouts = {page_layout(tensor) for tensor in tensors}
-    if len(layouts) > 1:
+    page_sizes = {stack.memory.page.block_size for stack in stacks}
+    if len(page_sizes) > 1:
         raise ConfigError(
-            f"MooncakeConnectorV1 moves layers of one shape and this model has {len(layouts)} "
-            f"({', '.join(map(str, layouts))}), which it does not support yet; serve it without "
+            f"MooncakeConnectorV1 moves layers with attention blocks of one size and this model's have "
+            f"{sorted(page_sizes)} tokens, which it does not support yet; serve it without "
             f"--kv-transfer-config"
         )
-    return layouts.pop()
+    blocks = BlockSizes(block_size=vllm_config.cache_config.block_size, page_size=page_sizes.pop())
+    return LocalCache(rank, tuple(stacks), description, blocks)
+
+
+def windows_of(kv_cache_config: KVCacheConfig) -> tuple[int | None, ...]:
+    """For each KV cache group, the tokens of its sliding window; None: it keeps every token."""
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    first = [spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec for spec in specs]
+    # Without vLLM's hybrid manager, layers with a window are kept as if they had none.
+    return tuple(spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None for spec in first)
+
+
+def _stacks_of(
+    index: int,
+    group: KVCacheGroupSpec,
+    vllm_config: VllmConfig,
+    kv_caches: Mapping[str, torch.Tensor],
+    rank: Rank,
+) -> Iterator[Stack]:
+    alike: dict[tuple[LayerKind, PageLayout], list[str]] = {}
+    for name in group.layer_names:
+        spec = _spec_of(name, group)
+        page = page_layout(_as_pages(kv_caches[name]), planes=1 if _is_latent(spec) else HALVES)
+        kind = LayerKind(
+            num_kv_heads=1 if _is_latent(spec) else _num_kv_heads(name, page, vllm_config, rank),
+            head_size=page.head_size,
+            cache_dtype=str(kv_caches[name].dtype).removeprefix("torch."),
+            layout=page.name,
+        )
+        alike.setdefault((kind, page), []).append(name)
+    for (kind, page), names in alike.items():
+        tensors = tuple(_as_pages(kv_caches[name]) for name in names)
+        heads = heads_on(rank.tp_rank, rank.tp_size, kind.num_kv_heads)
+        addresses = tuple(Address(tensor.data_ptr()) for tensor in tensors)
+        memory = RankMemory(heads, page, tensors[0].shape[0], tuple(names), addresses)
+        yield Stack(index, kind, tensors, memory)
+
+
+def _spec_of(name: str, group: KVCacheGroupSpec) -> KVCacheSpec:
+    spec = group.kv_cache_spec
+    return spec.kv_cache_specs[name] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+
+
+def _is_latent(spec: KVCacheSpec) -> bool:
+    return isinstance(spec, MLAAttentionSpec)
+
+
+def _as_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """vLLM's view with an axis for heads, which it leaves out for latents."""
+    return kv_cache.unsqueeze(1) if kv_cache.dim() == 3 else kv_cache
+
+
+def _num_kv_heads(name: str, page: PageLayout, vllm_config: VllmConfig, rank: Rank) -> int:
+    """KV heads of a layer, over all ranks."""
+    num_heads = _model_of(name, vllm_config).get_total_num_kv_heads()
+    if max(1, num_heads // rank.tp_size) == page.num_heads:
+        return num_heads
+    if page.num_heads > 1:
+        # The layer differs from most of its model; only copies of one head do not tell how many there are.
+        return page.num_heads * rank.tp_size
+    raise ConfigError(
+        f"layer {name} has 1 KV head on each of {rank.tp_size} ranks where its model's configuration says "
+        f"{num_heads} in all, so MooncakeConnectorV1 cannot tell copies from parts; serve it without "
+        f"--kv-transfer-config"
+    )
+
+
+def _model_of(name: str, vllm_config: VllmConfig) -> ModelConfig:
+    """The model that the layer belongs to: a draft model's layers are numbered behind the target's."""
+    speculative, target = vllm_config.speculative_config, vllm_config.model_config
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if speculative is None or not numbers or numbers[0] < target.get_total_num_hidden_layers():
+        return target
+    return speculative.draft_model_config

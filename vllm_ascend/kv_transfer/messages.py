@@ -14,11 +14,12 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from vllm_ascend.errors import TopologyError, WireError
+from vllm_ascend.errors import WireError
 
 WIRE_VERSION = 2
 # 1: first version; one KV cache group, regions per layer
-# 2: each engine says how it cuts its cache into blocks, which two engines may do differently
+# 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
+#    KV cache group and kind of layer, with the heads that the rank stores; windows
 
 T = TypeVar("T")
 
@@ -43,16 +44,23 @@ class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     """The model class, such as LlamaForCausalLM."""
     num_layers: int
-    """Layers of the whole model, over all pipeline stages."""
+    """Layers of the whole model, over all pipeline stages, without those of a draft model."""
     hidden_size: int
     vocab_size: int
-    num_kv_heads: int
-    """KV heads of the whole model, before tensor parallel."""
-    head_size: int
-    """Elements of K of one token and head."""
-    cache_dtype: str
+    windows: tuple[int | None, ...]
+    """For each KV cache group, the tokens of its sliding window; None: its layers see all tokens."""
+
+
+class LayerKind(msgspec.Struct, frozen=True, kw_only=True):
+    """What layers of one name must have in common on both sides."""
+
+    num_kv_heads: Size
+    """KV heads of the layer, before tensor parallel; 1 where it keeps latents."""
+    head_size: Size
+    """Elements of K of one token and head, or of a token's latent row."""
+    cache_dtype: Name
     """Element type of the KV cache, such as bfloat16."""
-    layout: str
+    layout: Name
     """Order of bytes in a page; see attention/cache_layout.py."""
 
 
@@ -73,19 +81,31 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
     dp_size: Size
 
 
-class RankRegions(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's KV cache and where to read it."""
+class StackRegions(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's layers of one KV cache group that are alike, and where to read them."""
 
-    tp_rank: Index
-    pp_rank: Index
-    session: Name
-    """How the transfer engine addresses the rank."""
+    group: Index
+    """The KV cache group: which of a request's block lists is theirs."""
+    kind: LayerKind
+    first_head: Index
+    num_heads: Size
+    """The KV heads that the rank stores: so many, from `first_head` of the layer on."""
     num_blocks: Index
     """Pages in every layer."""
     page_bytes: int
     layers: Names
     addresses: Annotated[tuple[WireAddress, ...], msgspec.Meta(max_length=65536)]
     """Where block 0 of each layer begins, in the rank's own address space."""
+
+
+class RankRegions(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's KV cache."""
+
+    tp_rank: Index
+    pp_rank: Index
+    session: Name
+    """How the transfer engine addresses the rank."""
+    stacks: Annotated[tuple[StackRegions, ...], msgspec.Meta(max_length=65536)]
 
 
 class AskForEngine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -166,7 +186,7 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     """Where the engine's listener is."""
     remote_block_ids: tuple[tuple[Index, ...], ...]
-    """For each KV cache group, the request's blocks in token order."""
+    """For each KV cache group, the request's blocks in token order; 0 where its window has passed."""
     remote_num_tokens: Index
     """Prompt tokens whose KV is in these blocks."""
     remote_block_size: Size
@@ -191,8 +211,8 @@ class Pull:
 
     request_id: str
     remote: RemotePrefill
-    local_blocks: tuple[int, ...]
-    """The request's blocks here, in token order, as `remote.remote_block_ids` are there."""
+    local_blocks: tuple[tuple[int, ...], ...]
+    """The request's blocks here, as `remote.remote_block_ids` are there."""
     first_token: int
     """Where the local prefix hit ends."""
     tokens: int
@@ -223,18 +243,13 @@ def decode_answer(frames: list[bytes]) -> Answer:
     return _decode(frames, _answers)
 
 
-def check_same_cache(prefill: CacheDescription, decode: CacheDescription, peer: str) -> None:
-    """Raise TopologyError naming every field in which the two differ, with both values."""
-    fields = [
-        f"{name} is {getattr(prefill, name)!r} there and {getattr(decode, name)!r} here"
-        for name in CacheDescription.__struct_fields__
-        if getattr(prefill, name) != getattr(decode, name)
+def differences(there: CacheDescription | LayerKind, here: CacheDescription | LayerKind) -> list[str]:
+    """For each field in which the two differ, its name and both values."""
+    return [
+        f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
+        for name in here.__struct_fields__
+        if getattr(there, name) != getattr(here, name)
     ]
-    if fields:
-        raise TopologyError(
-            f"prefill engine {peer} cannot feed this engine: {'; '.join(fields)}; "
-            f"start both with the same model, --dtype and --kv-cache-dtype"
-        )
 
 
 def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T:

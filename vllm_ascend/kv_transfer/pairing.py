@@ -1,22 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether this rank can read a prefill engine, and how: checked and planned once, when the two meet.
 
-All that decode knows of a peer is what its listener says; nobody configures the other side's sizes. What does
-not fit is refused by the name of the field, with both values.
+All that decode knows of a peer is what its listener says; nobody configures the other side's sizes. Layers
+are paired by name. What does not fit is refused by the name of the field, with both values.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
-from vllm_ascend.kv_transfer.local import LocalCache
-from vllm_ascend.kv_transfer.messages import BlockSizes, Engine, RankRegions, check_same_cache
+from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack
+from vllm_ascend.kv_transfer.messages import BlockSizes, Engine, RankRegions, StackRegions, differences
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair
-from vllm_ascend.kv_transfer.topology import heads_on, num_turns, turns_of
+from vllm_ascend.kv_transfer.topology import Span, num_turns, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Session
+
+
+@dataclass(frozen=True)
+class StackPlans:
+    """How to read the layers of one stack."""
+
+    plans: tuple[PairPlan, ...]
+    """One for each turn among prefill ranks that store the same heads."""
+    turn: itertools.count[int]
+
+    def next_plan(self) -> PairPlan:
+        """The plans in turn, so that ranks with the same heads are read equally often."""
+        return self.plans[next(self.turn) % len(self.plans)]
 
 
 @dataclass(frozen=True)
@@ -25,15 +40,10 @@ class PrefillEngine:
 
     sessions: tuple[Session, ...]
     """How to address each of its ranks."""
-    plans: tuple[PairPlan, ...]
-    """How to read it, one plan for each turn among ranks that store the same heads."""
-    turn: itertools.count[int]
+    stacks: tuple[StackPlans, ...]
+    """For each stack of this rank."""
     blocks: BlockSizes
     """How it cuts its cache."""
-
-    def next_plan(self) -> PairPlan:
-        """The plans in turn, so that ranks with the same heads are read equally often."""
-        return self.plans[next(self.turn) % len(self.plans)]
 
 
 def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes) -> PrefillEngine:
@@ -42,7 +52,7 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
     `configured` are the prefill sizes that the user gave, if any. Raises TopologyError naming what does
     not fit.
     """
-    check_same_cache(peer.cache, local.description, peer.engine_id)
+    _check_same(peer, local)
     sizes = peer.parallel
     found = Sizes(tp_size=sizes.tp_size, dp_size=sizes.dp_size, pp_size=sizes.pp_size)
     if complaint := check_sizes(configured, found, "prefill"):
@@ -52,25 +62,78 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
             f"prefill engine {peer.engine_id} transfers by {peer.protocol!r} and this engine by "
             f"{protocol!r}; set the same protocol in kv_connector_extra_config of both"
         )
-    ranks = [_memory_of(rank, peer, local) for rank in peer.ranks]
-    held_by_rank = [heads_on(rank, sizes.tp_size, peer.cache.num_kv_heads) for rank in range(sizes.tp_size)]
-    own = local.rank
     return PrefillEngine(
         sessions=tuple(Session(rank.session) for rank in peer.ranks),
-        plans=tuple(plan_pair(local.memory, ranks, turn) for turn in range(num_turns(held_by_rank))),
-        turn=turns_of(own.tp_rank, own.tp_size, local.description.num_kv_heads),
+        stacks=tuple(_plans(stack, peer, local.rank) for stack in local.stacks),
         blocks=peer.blocks,
     )
 
 
-def _memory_of(rank: RankRegions, peer: Engine, local: LocalCache) -> RankMemory:
-    heads = heads_on(rank.tp_rank, peer.parallel.tp_size, peer.cache.num_kv_heads)
-    page = local.memory.page.of_size(peer.blocks.page_size, len(heads))
-    if rank.page_bytes != page.page_bytes or len(rank.layers) != len(rank.addresses):
+def _check_same(peer: Engine, local: LocalCache) -> None:
+    """Raise TopologyError naming every field in which models, or layers of one name, differ."""
+    fields = differences(peer.cache, local.description)
+    of_layers = {
+        (theirs.kind, stack.kind): layer
+        for rank in peer.ranks
+        for stack in local.stacks
+        for theirs, layer in _in_common(rank, stack)
+    }
+    for (there, here), layer in of_layers.items():
+        fields += [f"{field} in layer {layer}" for field in differences(there, here)]
+    if fields:
         raise TopologyError(
-            f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {rank.page_bytes} bytes, "
+            f"prefill engine {peer.engine_id} cannot feed this engine: {'; '.join(fields)}; "
+            f"start both with the same model, --dtype and --kv-cache-dtype"
+        )
+
+
+def _in_common(rank: RankRegions, stack: Stack) -> Iterator[tuple[StackRegions, str]]:
+    """Those stacks of the peer's rank that have layers of `stack`, each with the first of these layers."""
+    wanted = set(stack.memory.layers)
+    for theirs in rank.stacks:
+        common = [layer for layer in theirs.layers if layer in wanted]
+        if common:
+            yield theirs, common[0]
+
+
+def _plans(stack: Stack, peer: Engine, own: Rank) -> StackPlans:
+    ranks = [_memory_of(rank, stack, peer) for rank in peer.ranks]
+    # Turns are taken among the ranks of one pipeline stage.
+    turns = math.lcm(
+        *(
+            num_turns([rank.heads for rank in ranks if rank.layers == layers])
+            for layers in {rank.layers for rank in ranks if rank.layers}
+        )
+    )
+    return StackPlans(
+        plans=tuple(plan_pair(stack.memory, ranks, turn) for turn in range(turns)),
+        turn=turns_of(own.tp_rank, own.tp_size, stack.kind.num_kv_heads),
+    )
+
+
+def _memory_of(rank: RankRegions, stack: Stack, peer: Engine) -> RankMemory:
+    """What the peer's rank stores of the stack's layers and of others that are alike; maybe nothing."""
+    found = list(_in_common(rank, stack))
+    if not found:
+        return RankMemory(Span(0, 0), stack.memory.page, 0, (), ())
+    theirs, layer = found[0]
+    if len(found) > 1 or theirs.group != stack.group:
+        groups = ", ".join(str(one.group) for one, _ in found)
+        raise TopologyError(
+            f"layer {layer} and its like are in KV cache group {stack.group} here and in {groups} of prefill "
+            f"engine {peer.engine_id}; start both with the same model and options"
+        )
+    return _as_memory(rank, theirs, stack, peer)
+
+
+def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engine) -> RankMemory:
+    heads = Span(theirs.first_head, theirs.first_head + theirs.num_heads)
+    page = stack.memory.page.of_size(peer.blocks.page_size, len(heads))
+    if theirs.page_bytes != page.page_bytes or len(theirs.layers) != len(theirs.addresses):
+        raise TopologyError(
+            f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {theirs.page_bytes} bytes, "
             f"which for {page.block_size} tokens of {len(heads)} heads should be {page.page_bytes}; "
             f"run the same release on both sides"
         )
-    addresses = tuple(Address(address) for address in rank.addresses)
-    return RankMemory(heads, page, rank.num_blocks, rank.layers, addresses)
+    addresses = tuple(Address(address) for address in theirs.addresses)
+    return RankMemory(heads, page, theirs.num_blocks, theirs.layers, addresses)

@@ -20,6 +20,8 @@ How a page maps depends on the heads that are wanted of a rank.
   are read to where they belong, a range for each, or for as many as lie in a row on both sides. Nothing is
   regrouped.
 
+Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart.
+
 `prove_cover` checks before anything moves that every wanted byte is written exactly once, and nothing else.
 """
 
@@ -32,7 +34,7 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ascend.attention.cache_layout import HALVES, OPERATOR_ROW_BYTES, PageLayout
+from vllm_ascend.attention.cache_layout import OPERATOR_ROW_BYTES, PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
 from vllm_ascend.kv_transfer.blocks import Runs
 from vllm_ascend.kv_transfer.topology import HeadRead, Span, plan_head_reads
@@ -125,7 +127,7 @@ class PairPlan:
         pieces = runs if whole else runs.one_by_one()
         in_remote_layer = (remote.row_offsets(pieces.remote_start) + rows.remote_offset).reshape(-1)
         in_local_layer = (local.row_offsets(pieces.local_start) + rows.local_offset).reshape(-1)
-        num_bytes = np.tile(pieces.length * rows.num_bytes, HALVES)
+        num_bytes = np.tile(pieces.length * rows.num_bytes, local.planes)
         if whole:
             in_remote_layer, in_local_layer, num_bytes = _joined(in_remote_layer, in_local_layer, num_bytes)
         return _in_every_layer(source, in_remote_layer, in_local_layer, num_bytes)
@@ -187,15 +189,15 @@ def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None
 def _wanted(page: PageLayout, runs: Runs) -> tuple[Ints, Ints]:
     """Start and length, in bytes from page 0, of what `runs` fill in a layer; ascending, neighbours joined.
 
-    Runs are whole pages, or lie within one: then K and V are apart.
+    Runs are whole pages, or lie within one: then its planes are apart.
     """
-    of_k, of_v = page.row_offsets(runs.local_start)
+    first, *others = page.row_offsets(runs.local_start)
     num_bytes = runs.length * page.row_bytes
     parts = runs.length % page.block_size != 0
-    start = np.concatenate((of_k, of_v[parts]))
-    _, start, num_bytes = _joined(
-        start, start, np.concatenate((np.where(parts, 1, HALVES) * num_bytes, num_bytes[parts]))
-    )
+    start = np.concatenate((first, *(plane[parts] for plane in others)))
+    of_first = np.where(parts, 1, page.planes) * num_bytes
+    of_others = np.tile(num_bytes[parts], len(others))
+    _, start, num_bytes = _joined(start, start, np.concatenate((of_first, of_others)))
     return start, num_bytes
 
 

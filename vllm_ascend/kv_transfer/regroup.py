@@ -27,7 +27,7 @@ LONGEST_RUN = 64
 
 
 class Regroup:
-    """The regroup step of one rank, on a stream of its own. All but `fence` is for reader threads."""
+    """One KV cache group's regroup step, on a stream of its own. All but `fence` is for reader threads."""
 
     def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
         """`kv_caches` are vLLM's views [num_blocks, heads, block_size, 2 * head_size], all layers alike."""

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from vllm_ascend.errors import WireError
+from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, positions_of, tokens_seen
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.keeper import Keeper
 from vllm_ascend.kv_transfer.lease import LeaseTable
@@ -37,6 +38,7 @@ from vllm_ascend.kv_transfer.messages import (
     Renewed,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
+from vllm_ascend.kv_transfer.topology import Span
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -159,7 +161,9 @@ class PrefillSide:
 class DecodeSide:
     """Requests whose prompt another engine has computed, from their arrival to their end."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        """`windows`: for each KV cache group the tokens of its sliding window, None where it has none."""
+        self._windows = windows
         self._keeper = Keeper()
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
@@ -173,6 +177,10 @@ class DecodeSide:
             remote = RemotePrefill.parse(request.kv_transfer_params or {})
         except WireError as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
+            return
+        if complaint := self._unusable(request, remote):
+            logger.warning("request %s is computed here: %s", request.request_id, complaint)
+            self._keeper.release(remote)
             return
         self._announced[request.request_id] = remote
         self._keeper.hold(remote)
@@ -191,13 +199,12 @@ class DecodeSide:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
             self._keeper.release(remote)
             return
-        (local_blocks,) = blocks.get_block_ids()
         self._pulling[request.request_id] = remote
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
                 remote=remote,
-                local_blocks=tuple(local_blocks),
+                local_blocks=tuple(tuple(group) for group in blocks.get_block_ids()),
                 first_token=self._useful_tokens(request, remote) - num_external_tokens,
                 tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
@@ -254,7 +261,25 @@ class DecodeSide:
 
         The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
         """
-        num_blocks = len(remote.remote_block_ids[0]) if remote.remote_block_ids else 0
+        num_blocks = min(len(blocks) for blocks in remote.remote_block_ids)
         return min(
             request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * remote.remote_block_size
         )
+
+    def _unusable(self, request: Request, remote: RemotePrefill) -> str | None:
+        """A sentence on why the prefill engine's blocks cannot be pulled, or None."""
+        found = len(remote.remote_block_ids)
+        if found != len(self._windows):
+            return (
+                f"prefill engine {remote.remote_engine_id} has {found} KV cache groups and this engine "
+                f"{len(self._windows)}; start both with the same model and options"
+            )
+        tokens = Span(0, self._useful_tokens(request, remote))
+        for blocks, window in zip(remote.remote_block_ids, self._windows, strict=True):
+            at = positions_of(tokens_seen(tokens, window), remote.remote_block_size)
+            if NULL_BLOCK in blocks[at.start : at.stop]:
+                return (
+                    f"prefill engine {remote.remote_engine_id} has given away blocks inside the sliding "
+                    f"window; ask it for one token (max_tokens 1)"
+                )
+        return None

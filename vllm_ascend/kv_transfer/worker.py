@@ -8,16 +8,17 @@ regroup, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from vllm.logger import init_logger
 
 from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
-from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
-from vllm_ascend.kv_transfer.local import LocalCache
+from vllm_ascend.kv_transfer.local import LocalCache, Stack
 from vllm_ascend.kv_transfer.messages import (
     AskForEngine,
     BlockSizes,
@@ -29,10 +30,11 @@ from vllm_ascend.kv_transfer.messages import (
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
-from vllm_ascend.kv_transfer.plan import prove_cover, share_positions
+from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
-from vllm_ascend.kv_transfer.transport import Transport
+from vllm_ascend.kv_transfer.topology import Span
+from vllm_ascend.kv_transfer.transport import Copies, Transport
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -53,6 +55,17 @@ class NotLoaded:
     reason: str
 
 
+@dataclass(frozen=True)
+class _StackRead:
+    """What a pull reads of one stack's layers."""
+
+    regroup: Regroup
+    plan: PairPlan
+    runs: Runs
+    copies: list[tuple[int, Copies]]
+    """For each source, its prefill rank and the ranges."""
+
+
 class WorkerHalf:
     """One rank's worker half, from the registration of its cache on."""
 
@@ -62,19 +75,19 @@ class WorkerHalf:
         self._transport = transport
         self._protocol = protocol
         self._options = options
-        self._regroup = Regroup(local.tensors)
+        self._regroups = [Regroup(stack.tensors) for stack in local.stacks]
         self._lines = Lines(options.peer_timeout_s)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
-            options.reader_threads, self._regroup.enter_thread
+            options.reader_threads, self._regroups[0].enter_thread
         )
 
     def start(self, pulls: tuple[Pull, ...]) -> None:
         """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
         if not pulls:
             return
-        fence = self._regroup.fence()
+        fence = self._regroups[0].fence()
         for pull in pulls:
             self._readers.submit(partial(self._load, pull, fence, Stopwatch.started()))
 
@@ -113,43 +126,69 @@ class WorkerHalf:
 
     def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
         engine = self._engine_of(pull.remote)
-        plan = engine.next_plan()
-        memory = self._local.memory
-        runs = self._runs(pull, engine, longest=LONGEST_RUN if plan.shares > 1 else memory.num_blocks)
-        copies = plan.copies(runs)
-        prove_cover(memory, runs, [part for _, part in copies])
+        tokens = [
+            tokens_seen(tokens_from(pull.first_token, pull.tokens), window)
+            for window in self._local.description.windows
+        ]
+        num_blocks = self._check_blocks(pull, tokens)
+        reads = self._plan(pull, engine, tokens)
+        copies = [part for read in reads for part in read.copies]
         fence.wait()
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
-        if plan.shares > 1:
-            pages = runs.in_pages(memory.page.block_size)
-            self._regroup.run(pages.local(), share_positions(pages, plan.shares), pages.length)
+        in_shares = [read for read in reads if read.plan.shares > 1]
+        for read in in_shares:
+            pages = read.runs.in_pages(read.plan.local.page.block_size)
+            read.regroup.run(pages.local(), share_positions(pages, read.plan.shares), pages.length)
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
-            blocks=len(
-                positions_of(tokens_from(pull.first_token, pull.tokens), self._local.blocks.block_size)
-            ),
+            blocks=num_blocks,
             bytes=sum(part.total_bytes for _, part in copies),
             descriptors=sum(len(part) for _, part in copies),
-            sources=tuple(sorted(rank for rank, _ in copies)),
+            sources=tuple(sorted({rank for rank, _ in copies})),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
-            regroup_ms=clock.lap_ms() if plan.shares > 1 else 0.0,
+            regroup_ms=clock.lap_ms() if in_shares else 0.0,
         )
 
-    def _runs(self, pull: Pull, engine: PrefillEngine, longest: int) -> Runs:
-        tokens = tokens_from(pull.first_token, pull.tokens)
-        remote = _blocks(pull.remote.remote_block_ids[0], engine.blocks)
-        local = _blocks(pull.local_blocks, self._local.blocks)
+    def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
+        """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
+        return [
+            self._plan_stack(stack, regroup, plans.next_plan(), pull, engine, tokens[stack.group])
+            for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
+            if len(tokens[stack.group])
+        ]
+
+    def _plan_stack(
+        self, stack: Stack, regroup: Regroup, plan: PairPlan, pull: Pull, engine: PrefillEngine, tokens: Span
+    ) -> _StackRead:
+        remote = _blocks(pull.remote.remote_block_ids[stack.group], engine.blocks)
+        local = _blocks(pull.local_blocks[stack.group], self._local.blocks)
         for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
             if blocks.num_tokens < tokens.stop:
                 raise ReadFailed(
                     f"{len(blocks.ids)} blocks of {blocks.block_size} tokens, which {whose} names, cannot "
                     f"hold {tokens.stop} tokens"
                 )
-        return runs_of(tokens, remote, local, longest)
+        runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
+        copies = plan.copies(runs)
+        prove_cover(plan.local, runs, [part for _, part in copies])
+        return _StackRead(regroup, plan, runs, copies)
+
+    def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
+        """How many blocks of this engine are to be written, of all groups.
+
+        Raises ReadFailed if two groups want one: they share memory, and would overwrite each other.
+        """
+        written: list[int] = []
+        for blocks, of_group in zip(pull.local_blocks, tokens, strict=True):
+            at = positions_of(of_group, self._local.blocks.block_size)
+            written.extend(blocks[at.start : at.stop] if len(of_group) else ())
+        if len(set(written)) < len(written):
+            raise ReadFailed("two KV cache groups were to be read into the same blocks; nothing was read")
+        return len(written)
 
     def _say_done(self, pull: Pull) -> bool:
         """Tell prefill that this rank reads no more. Returns whether its lease held until now."""

@@ -12,7 +12,7 @@ from vllm_ascend.attention.cache_layout import PageLayout, operator_block, page_
 
 def test_sizes_of_a_page():
     page = PageLayout(block_size=4, num_heads=2, head_size=8, itemsize_bytes=2)
-    assert (page.head_bytes, page.row_bytes, page.half_bytes, page.page_bytes) == (16, 32, 128, 256)
+    assert (page.head_bytes, page.row_bytes, page.plane_bytes, page.page_bytes) == (16, 32, 128, 256)
     assert page.of_size(block_size=2, num_heads=6).page_bytes == 384
 
 

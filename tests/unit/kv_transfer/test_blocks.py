@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.kv_transfer.blocks import Blocks, neighbours, positions_of, runs_of
+from vllm_ascend.kv_transfer.blocks import Blocks, neighbours, positions_of, runs_of, tokens_seen
 from vllm_ascend.kv_transfer.topology import Span
 
 
@@ -27,6 +27,24 @@ from vllm_ascend.kv_transfer.topology import Span
 def test_positions_of(cached, prompt, expected):
     span = positions_of(Span(cached, prompt), block_size=128)
     assert (span.start, span.stop) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "expected"),
+    [
+        pytest.param((0, 300), None, (0, 300), id="no window"),
+        pytest.param((0, 300), 1000, (0, 300), id="a window that the prompt does not fill"),
+        pytest.param((0, 300), 301, (0, 300), id="token 300 sees tokens 0 to 300"),
+        pytest.param((0, 300), 300, (1, 300), id="token 300 sees tokens 1 to 300"),
+        pytest.param((0, 640), 257, (384, 640), id="token 640 sees tokens 384 to 640, itself among them"),
+        pytest.param((512, 640), 257, (512, 640), id="a prefix hit reaches into the window"),
+        pytest.param((128, 640), 257, (384, 640), id="a prefix hit ends before the window"),
+        pytest.param((0, 640), 1, (640, 640), id="a token that sees itself alone"),
+    ],
+)
+def test_tokens_seen(tokens, window, expected):
+    seen = tokens_seen(Span(*tokens), window)
+    assert (seen.start, seen.stop) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+)
 
 from vllm_ascend.errors import ConfigError
-from vllm_ascend.kv_transfer.config import Options, Sizes, check_sizes, parse_options
+from vllm_ascend.kv_transfer.config import Options, Sizes, check_cache, check_sizes, parse_options
+
+SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+FULL = FullAttentionSpec(block_size=128, **SHAPE)
+WINDOWED = SlidingWindowSpec(block_size=128, sliding_window=512, **SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +91,59 @@ def test_refused(extra, message):
     ("said", "complaint"),
     [
         pytest.param(Sizes(), None, id="nothing said"),
-        pytest.param(Sizes(tp_size=4, dp_size=1), None, id="right"),
+        pytest.param(Sizes(tp_size=4, dp_size=2), None, id="right"),
         pytest.param(
             Sizes(tp_size=8),
             "kv_connector_extra_config says prefill.tp_size is 8, but that engine runs with 4; correct it, "
             "or leave 'prefill' out: sizes are learned from the peer",
             id="wrong",
         ),
+        pytest.param(
+            Sizes(dp_size=4),
+            "kv_connector_extra_config says prefill.dp_size is 4, but that engine runs with 2; correct it, "
+            "or leave 'prefill' out: sizes are learned from the peer",
+            id="other data-parallel ranks",
+        ),
     ],
 )
 def test_sizes_that_were_configured_are_checked(said, complaint):
-    assert check_sizes(said, Sizes(tp_size=4, dp_size=1), "prefill") == complaint
+    assert check_sizes(said, Sizes(tp_size=4, dp_size=2), "prefill") == complaint
+
+
+def test_a_data_parallel_rank_that_knows_of_no_others_says_nothing_of_their_number():
+    assert check_sizes(Sizes(tp_size=4, dp_size=8), Sizes(tp_size=4, dp_size=1), "prefill") is None
+
+
+def cache_of(*specs: KVCacheSpec) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([f"layers.{i}"], spec) for i, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+@pytest.mark.parametrize("specs", [(FULL,), (WINDOWED,), (FULL, WINDOWED, WINDOWED)])
+def test_groups_of_attention_are_moved(specs):
+    check_cache(cache_of(*specs))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        pytest.param(
+            MambaSpec(block_size=128, shapes=((4, 4),), dtypes=(torch.bfloat16,)),
+            r"this model has recurrent state \(MambaSpec\)",
+            id="recurrent state",
+        ),
+        pytest.param(
+            SlidingWindowMLASpec(block_size=128, sliding_window=512, **SHAPE),
+            "this model's KV cache is SlidingWindowMLASpec",
+            id="latent attention",
+        ),
+        pytest.param(
+            SlidingWindowSpec(block_size=64, sliding_window=512, **SHAPE),
+            r"of one block size and this model's have \[64, 128\] tokens",
+            id="two block sizes",
+        ),
+    ],
+)
+def test_other_groups_are_refused_by_name_beside_full_attention(spec, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_cache(cache_of(FULL, spec))

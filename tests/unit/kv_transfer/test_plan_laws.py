@@ -3,7 +3,7 @@
 
 Valid is what vLLM allows: a TP size divides the KV heads or is a multiple of them, so two sizes need not
 divide one another; layers are split among pipeline stages anywhere; blocks, and the pages that attention cuts
-them into, have any size.
+them into, have any size; a page has K and V or latent rows; of a sliding window only the end is wanted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend.attention.cache_layout import PageLayout
-from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of, tokens_seen
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
 from vllm_ascend.kv_transfer.topology import Span, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
@@ -53,6 +53,8 @@ class Transfer:
     local_ids: list[int]
     request: int
     """Requests that went before."""
+    planes: int
+    """2: K and V. 1: latent rows, which all ranks store."""
 
     @property
     def remote(self) -> Blocks:
@@ -66,9 +68,9 @@ class Transfer:
         return runs_of(self.tokens, self.remote, self.local, longest)
 
     def pulled(self) -> range:
-        """The tokens and what is read beyond them: up to where pages of both sides could end."""
+        """The tokens and what is read around them: up to where pages of both sides could begin and end."""
         common = math.gcd(self.prefill.page_size, self.decode.page_size)
-        return range(self.tokens.start, -(-self.tokens.stop // common) * common)
+        return range(self.tokens.start // common * common, -(-self.tokens.stop // common) * common)
 
 
 def heads_of(rank: int, tp_size: int, num_kv_heads: int) -> Span:
@@ -82,7 +84,8 @@ def heads_of(rank: int, tp_size: int, num_kv_heads: int) -> Span:
 
 @st.composite
 def transfers(draw: st.DrawFn) -> Transfer:
-    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
+    planes = draw(st.sampled_from([2, 2, 1]))
+    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12] if planes == 2 else [1]))
     tp_sizes = st.sampled_from([n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0])
     cuts = st.lists(st.integers(1, LAYERS - 1), unique=True).map(lambda at: [0, *sorted(at), LAYERS])
     stages = cuts.map(lambda at: tuple(Span(*ends) for ends in itertools.pairwise(at)))
@@ -95,20 +98,21 @@ def transfers(draw: st.DrawFn) -> Transfer:
         draw(st.permutations(range(NUM_SLOTS // side.block_size)))[: -(-stop // side.block_size)]
         for side in (prefill, decode)
     )
+    tokens = tokens_seen(Span(start, stop), draw(st.none() | st.integers(2, NUM_SLOTS)))
     request = draw(st.integers(0, 5))
-    return Transfer(num_kv_heads, prefill, decode, Span(start, stop), remote_ids, local_ids, request)
+    return Transfer(num_kv_heads, prefill, decode, tokens, remote_ids, local_ids, request, planes)
 
 
 class Cache:
-    """One rank's cache, empty: bytes [layer, page, K/V, token, head, byte].
+    """One rank's cache, empty: bytes [layer, page, plane, token, head, byte].
 
     A page that is nobody's follows each layer, so that layers do not touch.
     """
 
-    def __init__(self, heads: Span, layers: Span, page_size: int) -> None:
-        page = PageLayout(page_size, len(heads), HEAD_SIZE, itemsize_bytes=2)
+    def __init__(self, heads: Span, layers: Span, page_size: int, planes: int) -> None:
+        page = PageLayout(page_size, len(heads), HEAD_SIZE, itemsize_bytes=2, planes=planes)
         num_pages = NUM_SLOTS // page_size
-        shape = (len(layers), num_pages + 1, 2, page_size, len(heads), HEAD_BYTES)
+        shape = (len(layers), num_pages + 1, planes, page_size, len(heads), HEAD_BYTES)
         self.bytes = np.full(shape, UNTOUCHED, dtype=np.uint8)
         self.layers = layers
         self.layer_bytes = (num_pages + 1) * page.page_bytes
@@ -123,20 +127,20 @@ class Cache:
         )
 
     def at(self, slots: Sequence[int]) -> tuple[slice, list[int], slice, list[int]]:
-        """What to index `bytes` with to get the tokens in `slots`, as [slot, layer, K/V, head, byte]."""
+        """What to index `bytes` with to get the tokens in `slots`, as [slot, layer, plane, head, byte]."""
         size = self.memory.page.block_size
         return slice(None), [slot // size for slot in slots], slice(None), [slot % size for slot in slots]
 
     def part_of(self, reference: np.ndarray) -> np.ndarray:
-        """This rank's layers and heads of `reference` [token or slot, layer, K/V, head, byte]."""
+        """This rank's layers and heads of `reference` [token or slot, layer, plane, head, byte]."""
         layers, heads = self.layers, self.memory.heads
         return reference[:, layers.start : layers.stop, :, heads.start : heads.stop]
 
 
-def caches_of(sizes: Sizes, num_kv_heads: int) -> list[Cache]:
+def caches_of(sizes: Sizes, transfer: Transfer) -> list[Cache]:
     """Every rank's, stage after stage."""
     return [
-        Cache(heads_of(rank, sizes.tp_size, num_kv_heads), stage, sizes.page_size)
+        Cache(heads_of(rank, sizes.tp_size, transfer.num_kv_heads), stage, sizes.page_size, transfer.planes)
         for stage in sizes.stages
         for rank in range(sizes.tp_size)
     ]
@@ -166,7 +170,7 @@ def regrouped(cache: Cache, runs: Runs, shares: int) -> np.ndarray:
 def plans(transfer: Transfer, prefill: Sequence[Cache]) -> Iterator[tuple[Cache, PairPlan]]:
     """Every decode rank's empty cache, and its plan for the request."""
     tp_size = transfer.decode.tp_size
-    for place, decode in enumerate(caches_of(transfer.decode, transfer.num_kv_heads)):
+    for place, decode in enumerate(caches_of(transfer.decode, transfer)):
         turns = turns_of(place % tp_size, tp_size, transfer.num_kv_heads)
         turn = next(itertools.islice(turns, transfer.request, None))
         yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn)
@@ -184,9 +188,9 @@ def joinable(copies: Copies, layer_bytes: int, base: int) -> int:
 @settings(deadline=None)
 @given(transfers(), st.integers(1, 4))
 def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_changes(transfer, longest):
-    shape = (NUM_SLOTS, LAYERS, 2, transfer.num_kv_heads, HEAD_BYTES)
+    shape = (NUM_SLOTS, LAYERS, transfer.planes, transfer.num_kv_heads, HEAD_BYTES)
     reference = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
-    prefill = caches_of(transfer.prefill, transfer.num_kv_heads)
+    prefill = caches_of(transfer.prefill, transfer)
     for cache in prefill:
         cache.bytes[cache.at(range(NUM_SLOTS))] = cache.part_of(reference)
     cluster = {Session(str(place)): [cache.region] for place, cache in enumerate(prefill)}
@@ -208,7 +212,7 @@ def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_chan
 @settings(deadline=None)
 @given(transfers(), st.integers(1, 4))
 def test_every_wanted_byte_is_written_once_and_no_other(transfer, longest):
-    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         written = np.zeros(decode.bytes.nbytes, dtype=int)
         for _, part in plan.copies(transfer.runs(longest)):
             for start, num_bytes in zip(part.local - decode.region.address, part.num_bytes, strict=True):
@@ -221,7 +225,7 @@ def test_every_wanted_byte_is_written_once_and_no_other(transfer, longest):
 @settings(deadline=None)
 @given(transfers())
 def test_no_two_ranges_could_be_one(transfer):
-    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         for _, part in plan.copies(transfer.runs()):
             assert joinable(part, decode.layer_bytes, decode.region.address) == 0
 
@@ -232,6 +236,6 @@ def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(tr
     assume(transfer.prefill.tp_size % transfer.decode.tp_size == 0)
     assume(transfer.prefill.page_size == transfer.decode.page_size)
     runs = transfer.runs()
-    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer.num_kv_heads)):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         num_ranges = sum(len(copies) for _, copies in plan.copies(runs))
         assert num_ranges == len(runs) * plan.shares * len(decode.memory.layers)
