@@ -245,7 +245,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}": (
             parallel.prefill_context_parallel_size > 1
         ),
-        "enable_expert_parallel": parallel.enable_expert_parallel,
+        f"moe_backend={vllm_config.kernel_config.moe_backend}": (
+            vllm_config.kernel_config.moe_backend != "auto"
+        ),
         "enable_dbo": parallel.enable_dbo,
         "speculative_config": vllm_config.speculative_config is not None,
         "lora_config (--enable-lora)": vllm_config.lora_config is not None,

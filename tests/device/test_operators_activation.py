@@ -49,3 +49,27 @@ def test_swiglu_refuses_an_odd_size() -> None:
 def test_swiglu_refuses_integers() -> None:
     with pytest.raises(RuntimeError, match=r"npu_swiglu: input is int32.*float16 or bfloat16 or float32"):
         torch_npu.npu_swiglu(torch.zeros(2, 8, dtype=torch.int32, device="npu"))
+
+
+def clipped_swiglu(a: torch.Tensor, b: torch.Tensor, alpha: float, limit: float, bias: float) -> torch.Tensor:
+    a, b = a.float().clamp(max=limit), b.float().clamp(-limit, limit)
+    return a / (1 + torch.exp(-alpha * a)) * (b + bias)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_clipped_swiglu_of_neighbours(dtype: torch.dtype) -> None:
+    x = random(5, 32, dtype=dtype) * 4
+    result = torch_npu.npu_clipped_swiglu(x.to("npu"), alpha=1.702, limit=3.0, bias=1.0)
+    assert result.dtype == dtype
+    assert_near(result, clipped_swiglu(x[:, ::2], x[:, 1::2], 1.702, 3.0, 1.0))
+
+
+def test_clipped_swiglu_of_halves() -> None:
+    x = random(5, 32, dtype=torch.bfloat16) * 4
+    result = torch_npu.npu_clipped_swiglu(x.to("npu"), alpha=1.0, limit=2.0, bias=0.0, interleaved=False)
+    assert_near(result, clipped_swiglu(x[:, :16], x[:, 16:], 1.0, 2.0, 0.0))
+
+
+def test_clipped_swiglu_refuses_an_odd_size() -> None:
+    with pytest.raises(RuntimeError, match=r"npu_clipped_swiglu: x is float16\[2, 7\].*has to be even"):
+        torch_npu.npu_clipped_swiglu(torch.zeros(2, 7, dtype=torch.float16, device="npu"))

@@ -56,10 +56,11 @@ class Tiny:
         )
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            # Biases start as zeros and norms as ones, which would hide an engine that leaves them out.
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.25)
+            # Biases start as zeros and norms as ones, which would hide an engine that leaves them out. The
+            # biases of routers are buffers, so all that a checkpoint holds is gone through.
+            for tensor in model.state_dict().values():
+                if tensor.dim() == 1:
+                    tensor.add_(torch.randn_like(tensor), alpha=0.25)
         model.save_pretrained(folder)
 
 
@@ -148,6 +149,11 @@ def prompts_of(name: str) -> list[list[int]]:
     """One prompt of every length in PROMPT_LENGTHS, as token ids."""
     if name == RECALL:
         return [[_WORDS.index(word) for word in question.prompt.split()] for question in QUESTIONS]
+    return random_prompts()
+
+
+def random_prompts() -> list[list[int]]:
+    """The same for every model with VOCAB_SIZE tokens."""
     draw = random.Random(1)
     return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
 

@@ -49,6 +49,11 @@ def _environment_of_vllm() -> Any:
             "not there yet on NPUs: speculative_config",
             id="speculative decoding",
         ),
+        pytest.param(
+            {"moe_backend": "triton"},
+            "not there yet on NPUs: moe_backend=triton",
+            id="another device's experts",
+        ),
         pytest.param({"quantization": "fp8"}, "fp8 quantisation was asked", id="quantisation"),
     ],
 )

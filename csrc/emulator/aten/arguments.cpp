@@ -23,6 +23,13 @@ std::optional<at::Tensor> Arguments::OptionalTensor(const char* name) {
 
 std::vector<at::Tensor> Arguments::Tensors(const char* name) { return Take(name).toTensorVector(); }
 
+std::optional<std::vector<at::Tensor>> Arguments::OptionalTensors(const char* name) {
+  const c10::IValue& value = Take(name);
+  if (value.isNone()) return std::nullopt;
+  auto tensors = value.toTensorVector();
+  return tensors.empty() ? std::nullopt : std::optional(std::move(tensors));
+}
+
 std::optional<std::vector<int64_t>> Arguments::OptionalInts(const char* name) {
   const c10::IValue& value = Take(name);
   if (value.isNone()) return std::nullopt;
@@ -35,6 +42,7 @@ std::optional<std::vector<int64_t>> Arguments::OptionalInts(const char* name) {
 
 std::string Arguments::Text(const char* name) { return Take(name).toStringRef(); }
 int64_t Arguments::Int(const char* name) { return Take(name).toInt(); }
+std::optional<int64_t> Arguments::OptionalInt(const char* name) { return Take(name).toOptional<int64_t>(); }
 double Arguments::Float(const char* name) { return Take(name).toDouble(); }
 bool Arguments::Bool(const char* name) { return Take(name).toBool(); }
 

@@ -26,9 +26,12 @@ class Arguments {
   at::Tensor Tensor(const char* name);
   std::optional<at::Tensor> OptionalTensor(const char* name);
   std::vector<at::Tensor> Tensors(const char* name);
+  /// nullopt for None and for an empty list.
+  std::optional<std::vector<at::Tensor>> OptionalTensors(const char* name);
   std::optional<std::vector<int64_t>> OptionalInts(const char* name);
   std::string Text(const char* name);
   int64_t Int(const char* name);
+  std::optional<int64_t> OptionalInt(const char* name);
   double Float(const char* name);
   bool Bool(const char* name);
 

@@ -89,7 +89,9 @@ bool Register() {
   RegisterActivation(npu);
   RegisterAttention(npu);
   RegisterCast(npu);
+  RegisterGroupedMatmul(npu);
   RegisterNorm(npu);
+  RegisterRouting(npu);
   RegisterCache(atb);
   RegisterRotary(npu, atb);
   npu.RefuseOthers();

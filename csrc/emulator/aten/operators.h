@@ -44,7 +44,9 @@ void RegisterActivation(Operators& npu);
 void RegisterAttention(Operators& npu);
 void RegisterCache(Operators& atb);
 void RegisterCast(Operators& npu);
+void RegisterGroupedMatmul(Operators& npu);
 void RegisterNorm(Operators& npu);
 void RegisterRotary(Operators& npu, Operators& atb);
+void RegisterRouting(Operators& npu);
 
 }  // namespace ascend_emulator::aten

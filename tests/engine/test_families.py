@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture of `families`, in float32, gives transformers' greedy tokens and log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine.families import (
+    FAMILIES,
+    LOG_PROBABILITY_TOLERANCE,
+    NUM_NEW_TOKENS,
+    SPREADS,
+    Reference,
+    reference,
+)
+from engine.generate import Answer
+from engine.launch import ON_EMULATOR_WITH_FLOAT32, job, run
+from engine.models import VOCAB_SIZE, random_prompts
+
+ONE_NPU = "1 NPU"
+SETUPS = [(name, ONE_NPU) for name in FAMILIES] + [
+    (name, spread) for spread in SPREADS for name, family in FAMILIES.items() if spread in family.spread
+]
+PROMPTS = random_prompts()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    for name, family in FAMILIES.items():
+        family.tiny.save(folder / name)
+    return {name: folder / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, Path]) -> dict[str, Reference]:
+    return {name: reference(folder, PROMPTS) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], list[Answer]]:
+    """By architecture and setup; one process starts one engine after the other."""
+    jobs = [
+        job(
+            folders[name],
+            [PROMPTS],
+            NUM_NEW_TOKENS,
+            dtype="float32",
+            block_size=FAMILIES[name].tiny.block_size,
+            **SPREADS.get(setup, {}),
+        )
+        for name, setup in SETUPS
+    ]
+    results = run(jobs, tmp_path_factory.mktemp("families"), ON_EMULATOR_WITH_FLOAT32)
+    return {setup: answers for setup, (answers,) in zip(SETUPS, results, strict=True)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_references_wander_and_differ(name: str, references: dict[str, Reference]) -> None:
+    tokens = references[name].tokens
+    assert all(len(set(output)) > NUM_NEW_TOKENS // 2 for output in tokens)
+    assert len({tuple(output) for output in tokens}) == len(tokens)
+    assert all(0 <= token < VOCAB_SIZE for output in tokens for token in output)
+
+
+@pytest.mark.parametrize(("name", "setup"), SETUPS)
+def test_greedy_tokens_are_those_of_transformers(
+    name: str, setup: str, references: dict[str, Reference], answers: dict[tuple[str, str], list[Answer]]
+) -> None:
+    assert [answer.tokens for answer in answers[name, setup]] == references[name].tokens
+
+
+@pytest.mark.parametrize(("name", "setup"), SETUPS)
+def test_log_probabilities_are_those_of_transformers(
+    name: str, setup: str, references: dict[str, Reference], answers: dict[tuple[str, str], list[Answer]]
+) -> None:
+    given = torch.tensor([answer.log_probabilities for answer in answers[name, setup]])
+    assert (given - references[name].log_probabilities).abs().max() <= LOG_PROBABILITY_TOLERANCE
