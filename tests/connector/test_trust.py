@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -56,6 +57,11 @@ STRANGERS = [
 ]
 
 
+both_ways = pytest.mark.parametrize(
+    "trust", [pytest.param(OPEN, id="in clear"), pytest.param(TRUST, id="with a secret")]
+)
+
+
 def released(question: Question) -> Answer:
     return Released()
 
@@ -90,17 +96,41 @@ def test_a_listener_without_a_secret_is_not_taken_for_one_with_it(caplog_vllm):
     assert "it has a secret and this engine none" in caplog_vllm.text
 
 
-@pytest.mark.parametrize(
-    "trust", [pytest.param(OPEN, id="in clear"), pytest.param(TRUST, id="with a secret")]
-)
+@both_ways
 def test_what_is_said_cannot_be_read_on_the_way(trust):
     question = Release(engine_id="the-engine", request_ids=("the-request",))
     with Listener("127.0.0.1", 0, released, trust) as listener, tapped(listener.port) as (port, tape):
         channel = Channel("127.0.0.1", port, 5, trust)
         assert channel.ask(question) == Released()
         channel.close()
-    seen = b"".join(tape)
+    seen = b"".join(part for _, part in tape)
     assert (b"the-engine" in seen) == (b"Released" in seen) == (trust is OPEN)
+
+
+@both_ways
+def test_a_recorded_line_with_a_secret_cannot_be_played_again(trust):
+    heard: list[Question] = []
+
+    def answer(question: Question) -> Answer:
+        heard.append(question)
+        return Released()
+
+    with Listener("127.0.0.1", 0, answer, trust) as listener:
+        with tapped(listener.port) as (port, tape):
+            channel = Channel("127.0.0.1", port, 5, trust)
+            channel.ask(Release(engine_id="the-engine", request_ids=("the-request",)))
+            channel.close()
+        with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
+            stranger.settimeout(0.3)
+            for from_caller, part in tape:
+                if from_caller:
+                    stranger.sendall(part)
+                    with contextlib.suppress(TimeoutError):
+                        stranger.recv(65536)
+        friend = Channel("127.0.0.1", listener.port, 5, trust)
+        friend.ask(AskForEngine())
+        friend.close()
+    assert len(heard) == (3 if trust is OPEN else 2)
 
 
 def test_a_caller_from_elsewhere_is_turned_away(caplog_vllm):
@@ -197,24 +227,24 @@ def only_warning(log: pytest.LogCaptureFixture) -> str:
 
 
 @contextmanager
-def tapped(port: int) -> Iterator[tuple[int, list[bytes]]]:
-    """A relay to `port` of this machine for one line, and what it carries."""
-    tape: list[bytes] = []
+def tapped(port: int) -> Iterator[tuple[int, list[tuple[bool, bytes]]]]:
+    """A relay to `port` of this machine for one line, and what it carries: whether from the caller, bytes."""
+    tape: list[tuple[bool, bytes]] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def relay() -> None:
             near, _ = server.accept()
             far = socket.create_connection(("127.0.0.1", port))
-            back = threading.Thread(target=pump, args=(far, near))
+            back = threading.Thread(target=pump, args=(far, near, False))
             back.start()
-            pump(near, far)
+            pump(near, far, True)
             back.join()
             near.close()
             far.close()
 
-        def pump(source: socket.socket, sink: socket.socket) -> None:
+        def pump(source: socket.socket, sink: socket.socket, from_caller: bool) -> None:
             while part := source.recv(65536):
-                tape.append(part)
+                tape.append((from_caller, part))
                 sink.sendall(part)
             sink.shutdown(socket.SHUT_WR)
 

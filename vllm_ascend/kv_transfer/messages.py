@@ -268,5 +268,6 @@ def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T:
         )
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # The last two are msgspec's words for text that is not UTF-8 and for lists within lists without end.
         raise WireError(f"a message could not be read: {error}") from error
