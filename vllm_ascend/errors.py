@@ -30,3 +30,7 @@ class PeerUnreachable(KVTransferError):
 
 class ReadFailed(KVTransferError):
     """One request's KV did not arrive whole: its destination blocks must not be used."""
+
+
+class PeerNotAdmitted(KVTransferError):
+    """A peer outside the listed networks: it is never called, and what it says is not used."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VLLM_ASCEND_* variables: default, value, and the refusal of what cannot be used."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_ascend.envs import VARIABLES, Variable, check_all
@@ -29,6 +31,22 @@ def test_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_SECUNDS", "12")
     with pytest.raises(ConfigError, match="VLLM_ASCEND_SECUNDS is not a variable of vllm-ascend"):
         check_all()
+
+
+def test_a_hidden_value_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = Variable(
+        "VLLM_ASCEND_SECONDS", 3, "How long, in seconds.", lambda text: int(text[:0]), hidden=True
+    )
+    monkeypatch.setenv("VLLM_ASCEND_SECONDS", "soon")
+    with pytest.raises(ConfigError, match="VLLM_ASCEND_SECONDS cannot be used") as error:
+        hidden.get()
+    assert "soon" not in str(error.value)
+
+
+def test_the_docs_list_every_variable_with_its_meaning() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for variable in VARIABLES:
+        assert f"| `{variable.name}` | {variable.meaning} |" in docs
 
 
 def test_every_variable_has_the_prefix_and_a_meaning() -> None:

@@ -23,20 +23,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"errors", "envs"},
     "distributed.mooncake_connector": {"kv_transfer.connector"},
     "emulator": {"emulator"},
+    "kv_transfer.trust": {"errors", "envs"},
+    "kv_transfer.door": {"errors", "kv_transfer.trust"},
+    "kv_transfer.config": {"errors", "kv_transfer.trust"},
     "kv_transfer.connector": {
         *("errors", "envs", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.worker"),
+        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.trust"),
+        "kv_transfer.worker",
     },
     "kv_transfer.scheduler": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
         *("kv_transfer.keeper", "kv_transfer.lease", "kv_transfer.messages", "kv_transfer.metrics"),
-        "kv_transfer.topology",
+        *("kv_transfer.topology", "kv_transfer.trust"),
     },
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
         *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
         "kv_transfer.transport",
+        "kv_transfer.trust",
     },
     "kv_transfer.local": {
         *("errors", "attention.cache_layout", "kv_transfer.messages", "kv_transfer.plan"),
@@ -46,8 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages", "kv_transfer.plan"),
         *("kv_transfer.topology", "kv_transfer.transport"),
     },
-    "kv_transfer.keeper": {"errors", "kv_transfer.messages"},
-    "kv_transfer.handshake": {"errors", "envs", "kv_transfer.messages"},
+    "kv_transfer.keeper": {"errors", "kv_transfer.messages", "kv_transfer.trust"},
+    "kv_transfer.handshake": {
+        *("errors", "envs", "kv_transfer.door", "kv_transfer.messages", "kv_transfer.trust"),
+    },
     "kv_transfer.reader": {"errors", "envs", "kv_transfer.regroup", "kv_transfer.transport"},
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
     "kv_transfer.mooncake": {"errors", "envs", "kv_transfer.transport"},
@@ -64,7 +71,9 @@ PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
     *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
 }
-WITHOUT_TORCH_AND_VLLM = PURE | {"kv_transfer.reader", "kv_transfer.handshake"}
+WITHOUT_TORCH_AND_VLLM = PURE | {
+    *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.reader", "kv_transfer.trust"),
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -6,6 +6,7 @@ Every accepted key has a meaning; any other is refused by name. docs/kv_transfer
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_ascend.errors import ConfigError
+from vllm_ascend.kv_transfer.trust import Network, shared_secret
 
 NAME = "MooncakeConnectorV1"
 """What `kv_connector` says to get this connector."""
@@ -46,6 +48,8 @@ class Options:
     """Decode: how many requests a rank reads at the same time."""
     peer_timeout_s: float = 5.0
     """Decode: how long to wait for a prefill engine's answer."""
+    peer_networks: tuple[Network, ...] = ()
+    """Where peers may be, on either side; none listed: anywhere."""
     prefill: Sizes = Sizes()
     decode: Sizes = Sizes()
 
@@ -58,6 +62,7 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
         "lease_s": _positive_seconds,
         "reader_threads": _thread_count,
         "peer_timeout_s": _positive_seconds,
+        "peer_networks": _networks,
         "prefill": _sizes,
         "decode": _sizes,
     }
@@ -93,6 +98,7 @@ def options_of(vllm_config: VllmConfig) -> Options:
     """
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
+    shared_secret()
     options = parse_options(transfer.kv_connector_extra_config)
     parallel = vllm_config.parallel_config
     for name, size in (
@@ -210,6 +216,15 @@ def _thread_count(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
         raise ConfigError(f"{key} must be an integer from 1 to 64, got {value!r}")
     return value
+
+
+def _networks(key: str, value: Any) -> tuple[Network, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f'{key} must be a list of networks, such as ["10.0.0.0/24"], got {value!r}')
+    try:
+        return tuple(ipaddress.ip_network(text) for text in value)
+    except ValueError as error:
+        raise ConfigError(f'{key} must list networks, such as "10.0.0.0/24": {error}') from error
 
 
 def _sizes(key: str, value: Any) -> Sizes:

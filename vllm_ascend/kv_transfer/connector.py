@@ -27,6 +27,7 @@ from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, Engin
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
 from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
+from vllm_ascend.kv_transfer.trust import trust_of
 from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = options_of(vllm_config)
         check_cache(kv_cache_config)
+        self._trust = trust_of(self._options.peer_networks)
         self._host = self._options.host or vllm_envs.VLLM_HOST_IP or LOOPBACK
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
@@ -101,7 +103,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
             self._decode = (
-                DecodeSide(windows_of(kv_cache_config)) if self._kv_transfer_config.is_kv_consumer else None
+                DecodeSide(windows_of(kv_cache_config), self._trust)
+                if self._kv_transfer_config.is_kv_consumer
+                else None
             )
         else:
             # Started here, so that a missing library ends the engine before its cache is allocated.
@@ -124,7 +128,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             reader=f"{self._kv_transfer_config.engine_id}/{place}",
         )
         local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, rank)
-        self._worker = WorkerHalf(local, self._transport, self._protocol, self._options)
+        self._worker = WorkerHalf(local, self._transport, self._protocol, self._options, self._trust)
         self._registered = Registered(
             self._protocol, local.description, local.blocks, local.for_peers(self._transport.session)
         )
@@ -292,4 +296,5 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             lease_s=self._options.lease_s,
             tp_size=parallel.tensor_parallel_size,
             block_size=self._vllm_config.cache_config.block_size,
+            trust=self._trust,
         )

@@ -17,7 +17,17 @@ from typing import assert_never
 import zmq
 from vllm.logger import init_logger
 
-from vllm_ascend.kv_transfer.messages import Question, Release, RemotePrefill, Renew, encode
+from vllm_ascend.errors import PeerNotAdmitted
+from vllm_ascend.kv_transfer.messages import (
+    MAX_ANSWER_BYTES,
+    MAX_REQUESTS,
+    Question,
+    Release,
+    RemotePrefill,
+    Renew,
+    encode,
+)
+from vllm_ascend.kv_transfer.trust import OPEN, Trust
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -61,7 +71,8 @@ class _Peer:
 class Keeper:
     """Methods are for the engine's thread; they hand over and return at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust = OPEN) -> None:
+        self._trust = trust
         self._commands: SimpleQueue[_Hold | _Drop | _Release | _Close] = SimpleQueue()
         self._peers: dict[tuple[str, int, str], _Peer] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -105,8 +116,8 @@ class Keeper:
             return False
         try:
             self._obey(command)
-        except zmq.ZMQError as error:
-            # Only an address that cannot be one gets here, and it came with the request.
+        except (zmq.ZMQError, PeerNotAdmitted) as error:
+            # Only an address that is none, or not of a peer, gets here, and it came with the request.
             logger.warning(
                 "prefill engine at %s:%d cannot be told to hold request %s: %s",
                 command.remote.remote_host,
@@ -149,7 +160,10 @@ class Keeper:
     def _renew_due(self, now_s: float) -> None:
         for key, peer in list(self._peers.items()):
             if peer.waiting and peer.next_renewal_s <= now_s:
-                self._tell(peer, Renew(engine_id=peer.engine_id, request_ids=tuple(sorted(peer.waiting))))
+                waiting = sorted(peer.waiting)
+                for start in range(0, len(waiting), MAX_REQUESTS):
+                    some = tuple(waiting[start : start + MAX_REQUESTS])
+                    self._tell(peer, Renew(engine_id=peer.engine_id, request_ids=some))
                 peer.next_renewal_s = now_s + peer.renew_every_s
             if not peer.waiting and now_s - peer.idle_since_s > _IDLE_S:
                 peer.socket.close(linger=_FLUSH_MS)
@@ -158,8 +172,11 @@ class Keeper:
     def _peer(self, remote: RemotePrefill) -> _Peer:
         key = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
         if key not in self._peers:
+            self._trust.check_host(remote.remote_host)
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
+            self._trust.lock_caller(socket)
             socket.connect(f"tcp://{remote.remote_host}:{remote.remote_port}")
             self._peers[key] = _Peer(remote.remote_engine_id, socket, idle_since_s=time.monotonic())
         return self._peers[key]

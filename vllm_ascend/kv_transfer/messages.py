@@ -24,8 +24,12 @@ WIRE_VERSION = 2
 T = TypeVar("T")
 
 _PREFIX = b"vllm-ascend-kv/"
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""What a socket accepts: the description of a large engine is some hundred KiB."""
+MAX_REQUESTS = 512
+"""How many requests one question may name; more go in several."""
+MAX_QUESTION_BYTES = 4 * 1024 * 1024
+"""What a listener accepts: MAX_REQUESTS names of the longest kind take half of it."""
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""What a caller accepts: the description of a large engine is some hundred KiB."""
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 """How many ranks, heads, layers or tokens there are of something."""
@@ -34,6 +38,7 @@ Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 WireAddress = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=65536)]
+RequestIds = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
 
 
 class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,13 +133,13 @@ class Renew(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Keep these requests' blocks for another lease: decode still waits for them."""
 
     engine_id: Name
-    request_ids: Names
+    request_ids: RequestIds
 
 
 class Renewed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The leases run anew, but for those in `lost`, which have ended."""
 
-    lost: Names
+    lost: RequestIds
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -159,7 +164,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Nobody will read these requests' blocks."""
 
     engine_id: Name
-    request_ids: Names
+    request_ids: RequestIds
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -263,5 +268,6 @@ def _decode(frames: list[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T:
         )
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # The last two are msgspec's words for text that is not UTF-8 and for lists within lists without end.
         raise WireError(f"a message could not be read: {error}") from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vllm_ascend.errors import WireError
+from vllm_ascend.errors import PeerNotAdmitted, WireError
 from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, positions_of, tokens_seen
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.keeper import Keeper
@@ -39,6 +39,7 @@ from vllm_ascend.kv_transfer.messages import (
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
 from vllm_ascend.kv_transfer.topology import Span
+from vllm_ascend.kv_transfer.trust import Trust
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -77,7 +78,14 @@ class PrefillSide:
     """Keeps what decode engines are to read, and answers them at one listener."""
 
     def __init__(
-        self, engine_id: str, host: str, port: int, lease_s: float, tp_size: int, block_size: int
+        self,
+        engine_id: str,
+        host: str,
+        port: int,
+        lease_s: float,
+        tp_size: int,
+        block_size: int,
+        trust: Trust,
     ) -> None:
         """Bind the listener. Raises ConfigError if its address is taken or not of this machine."""
         # A restarted engine may get the same id and port; its predecessor's regions must not be read.
@@ -87,8 +95,15 @@ class PrefillSide:
         self._block_size = block_size
         self._leases = LeaseTable()
         self._engine: Engine | None = None
-        self._listener = Listener(host, port, self._answer)
+        self._listener = Listener(host, port, self._answer, trust)
         logger.info("KV listener of engine %s at %s:%d", self.engine_id, host, self._listener.port)
+        if trust.keys is None:
+            logger.warning(
+                "the KV listener at %s:%d has no secret: who reaches it learns where KV is and can free it; "
+                "set the same VLLM_ASCEND_KV_SECRET for engines that exchange KV",
+                host,
+                self._listener.port,
+            )
 
     @property
     def port(self) -> int:
@@ -161,10 +176,11 @@ class PrefillSide:
 class DecodeSide:
     """Requests whose prompt another engine has computed, from their arrival to their end."""
 
-    def __init__(self, windows: Sequence[int | None]) -> None:
+    def __init__(self, windows: Sequence[int | None], trust: Trust) -> None:
         """`windows`: for each KV cache group the tokens of its sliding window, None where it has none."""
         self._windows = windows
-        self._keeper = Keeper()
+        self._trust = trust
+        self._keeper = Keeper(trust)
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
@@ -175,7 +191,8 @@ class DecodeSide:
         """Note a request that brings `do_remote_prefill`, and keep its blocks at the prefill engine."""
         try:
             remote = RemotePrefill.parse(request.kv_transfer_params or {})
-        except WireError as error:
+            self._trust.check_host(remote.remote_host)
+        except (WireError, PeerNotAdmitted) as error:
             logger.warning("request %s is computed here: %s", request.request_id, error)
             return
         if complaint := self._unusable(request, remote):

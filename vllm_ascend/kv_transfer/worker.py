@@ -35,6 +35,7 @@ from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Copies, Transport
+from vllm_ascend.kv_transfer.trust import Trust
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -69,14 +70,17 @@ class _StackRead:
 class WorkerHalf:
     """One rank's worker half, from the registration of its cache on."""
 
-    def __init__(self, local: LocalCache, transport: Transport, protocol: str, options: Options) -> None:
+    def __init__(
+        self, local: LocalCache, transport: Transport, protocol: str, options: Options, trust: Trust
+    ) -> None:
         """Register the cache. Raises ConfigError if the transport cannot."""
         self._local = local
         self._transport = transport
         self._protocol = protocol
         self._options = options
         self._regroups = [Regroup(stack.tensors) for stack in local.stacks]
-        self._lines = Lines(options.peer_timeout_s)
+        self._trust = trust
+        self._lines = Lines(options.peer_timeout_s, trust)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
@@ -221,6 +225,8 @@ class WorkerHalf:
                 f"the prefill engine at {remote.remote_host}:{remote.remote_port} is {peer.engine_id}, which "
                 f"replaced {remote.remote_engine_id} and its KV; send the prompt again"
             )
+        for rank in peer.ranks:
+            self._trust.check_host(rank.session.rpartition(":")[0])
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
         sizes = peer.parallel
         logger.info(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ WINDOWED = SlidingWindowSpec(block_size=128, sliding_window=512, **SHAPE)
         ),
         pytest.param({"use_ascend_direct": False}, Options(), id="no ascend direct says nothing"),
         pytest.param(
+            {"peer_networks": ["10.0.0.0/8", "fd00::/8"]},
+            Options(peer_networks=(IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/8"))),
+            id="networks of both families",
+        ),
+        pytest.param(
             {
                 "lease_s": 5,
                 "reader_threads": 4,
@@ -68,6 +74,9 @@ def test_accepted(extra, expected):
         pytest.param({"lease_s": "30"}, "lease_s must be a number of seconds", id="seconds as text"),
         pytest.param({"lease_s": True}, "lease_s must be a number of seconds", id="seconds as a flag"),
         pytest.param({"reader_threads": 0}, "reader_threads must be an integer from 1 to 64", id="no reader"),
+        pytest.param({"peer_networks": "10.0.0.0/8"}, "must be a list of networks", id="one network"),
+        pytest.param({"peer_networks": []}, "must be a list of networks", id="no network at all"),
+        pytest.param({"peer_networks": ["10.0.0.5/8"]}, "has host bits set", id="a network with a host"),
         pytest.param({"host": 5}, "host must be an address", id="host as a number"),
         pytest.param({"prefill": 8}, "prefill must be like", id="sizes as a number"),
         pytest.param({"prefill": {"ep_size": 2}}, "prefill must be like", id="a size that nobody checks"),

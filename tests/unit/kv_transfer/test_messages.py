@@ -109,6 +109,14 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
         pytest.param([b"vllm-ascend-kv/2", b"", b""], id="three frames"),
         pytest.param([b"vllm-ascend-kv/2", b""], id="an empty body"),
         pytest.param([b"vllm-ascend-kv/2", b"\xc1garbage"], id="no msgpack"),
+        pytest.param(
+            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
+            id="text that is no UTF-8",
+        ),
+        pytest.param(
+            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
+            id="lists within lists without end",
+        ),
         pytest.param([b"vllm-ascend-kv/2", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
         pytest.param([b"vllm-ascend-kv/2", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
         pytest.param(
