@@ -12,7 +12,7 @@ PACKAGE = ROOT / "vllm_ascend"
 
 # What a module may import of this package, at import or inside a function. A folder stands for its modules.
 MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"compat"},
     "errors": set(),
     "envs": {"errors"},
     "compat": {"errors", "envs"},
