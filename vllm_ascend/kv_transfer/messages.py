@@ -42,16 +42,22 @@ RequestIds = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
 
 
 class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What two engines must agree on before one can use the other's KV."""
+    """What two engines must agree on before one can use the other's KV. Not among it: vLLM's version."""
 
     model: str
     """The name under which the model is served."""
+    revision: str | None
+    """The commit of the model's files, or the revision that was asked for; None: a folder does not tell."""
     architecture: str
     """The model class, such as LlamaForCausalLM."""
     num_layers: int
     """Layers of the whole model, over all pipeline stages, without those of a draft model."""
     hidden_size: int
     vocab_size: int
+    dtype: Name
+    """Element type of the model's computation, such as bfloat16."""
+    quantization: Name
+    """How the weights are quantised, or none."""
     windows: tuple[int | None, ...]
     """For each KV cache group, the tokens of its sliding window; None: its layers see all tokens."""
 
@@ -65,6 +71,8 @@ class LayerKind(msgspec.Struct, frozen=True, kw_only=True):
     """Elements of K of one token and head, or of a token's latent row."""
     cache_dtype: Name
     """Element type of the KV cache, such as bfloat16."""
+    quantization: Name
+    """How the KV cache is quantised, or none."""
     layout: Name
     """Order of bytes in a page; see attention/cache_layout.py."""
 
@@ -249,11 +257,12 @@ def decode_answer(frames: list[bytes]) -> Answer:
 
 
 def differences(there: CacheDescription | LayerKind, here: CacheDescription | LayerKind) -> list[str]:
-    """For each field in which the two differ, its name and both values."""
+    """For each field in which the two differ, its name and both values; None fits whatever there is."""
     return [
         f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
         for name in here.__struct_fields__
-        if getattr(there, name) != getattr(here, name)
+        if None not in (getattr(there, name), getattr(here, name))
+        and getattr(there, name) != getattr(here, name)
     ]
 
 
