@@ -52,6 +52,11 @@ class Rank:
     """How it signs when it reads: unique among all readers of a prefill engine."""
 
     @property
+    def place(self) -> int:
+        """The rank's place among all of its engine, which counts stage by stage."""
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+    @property
     def num_readers(self) -> int:
         """How many ranks of this engine read each request: every stage has layers, every rank has heads."""
         return self.tp_size * self.pp_size

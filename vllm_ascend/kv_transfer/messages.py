@@ -19,7 +19,7 @@ from vllm_ascend.errors import WireError
 WIRE_VERSION = 2
 # 1: first version; one KV cache group, regions per layer
 # 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
-#    KV cache group and kind of layer, with the heads that the rank stores; windows
+#    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
 
 T = TypeVar("T")
 
@@ -134,6 +134,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache: CacheDescription
     blocks: BlockSizes
     parallel: Parallel
+    verifies: bool
+    """Whether it sums the KV of finished requests, so that decode can check what it read."""
     ranks: Annotated[tuple[RankRegions, ...], msgspec.Meta(max_length=65536)]
 
 
@@ -177,6 +179,31 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Released(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The blocks are free, now or before."""
+
+
+class AskSums(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The checksums of a layer of one request's KV, as one rank has it; see checksum.py."""
+
+    engine_id: Name
+    request_id: Name
+    rank: Index
+    """The rank's place in `Engine.ranks`."""
+    layer: Name
+    first_unit: Index
+    num_units: Index
+
+
+class Sums(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The checksums asked for: of each of the rank's heads, those of the units."""
+
+    sums: bytes
+    """[heads, units], 64 bits each, little-endian."""
+    tokens: Index
+    """How many of the request's tokens were summed, from its first on."""
+
+
+class SumsPending(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The rank has not summed the request yet; ask again."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -233,8 +260,18 @@ class Pull:
     prompt_tokens: int
 
 
-Question = AskForEngine | Renew | Done | Release
-Answer = Engine | Renewed | DoneNoted | Released | Refused
+@dataclass(frozen=True)
+class ToSum:
+    """A finished request whose KV every rank's worker half is to sum."""
+
+    request_id: str
+    blocks: tuple[tuple[int, ...], ...]
+    """For each KV cache group, in token order."""
+    tokens: int
+
+
+Question = AskForEngine | Renew | Done | Release | AskSums
+Answer = Engine | Renewed | DoneNoted | Released | Sums | SumsPending | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)

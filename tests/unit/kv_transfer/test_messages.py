@@ -89,6 +89,7 @@ def test_questions_arrive_as_they_were_sent(question):
             cache=CACHE,
             blocks=BLOCKS,
             parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+            verifies=False,
             ranks=(RANK,),
         ),
         Renewed(lost=("a",)),
@@ -170,6 +171,7 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         cache=CACHE,
         blocks=BLOCKS,
         parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+        verifies=False,
         ranks=(RANK,),
     )
     frames = [b"vllm-ascend-kv/2", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
