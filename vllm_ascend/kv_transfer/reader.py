@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads that run reads: jobs in, results out.
 
-The engine's thread submits and takes; it never waits. A job ends in a result, which may be a failure that the
-job foresaw. What it did not foresee is raised again in the engine's thread, so that no request waits for ever
-for a job that died.
+The engine's thread submits and takes; it never waits. Peers take turns: a free thread goes to the peer that
+has the fewest, so that one which hangs with many jobs delays another's next job by one of its own at the
+most, and every wait of a job has an end. A job ends in a result, which may be a failure that it foresaw. What
+it did not foresee is raised again in the engine's thread, so that no request waits for ever for a job that
+died.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -26,11 +30,13 @@ class ReaderPool(Generic[Result]):
     def __init__(self, num_threads: int, enter_thread: Callable[[], None]) -> None:
         """`enter_thread` runs once in each thread before its first job."""
         self._threads = ThreadPoolExecutor(num_threads, "kv-reader", initializer=enter_thread)
+        self._turns: _Turns[Result] = _Turns()
         self._finished: SimpleQueue[Future[Result]] = SimpleQueue()
 
-    def submit(self, job: Callable[[], Result]) -> None:
-        """Run `job` when a thread is free, in the order of submission."""
-        self._threads.submit(job).add_done_callback(self._finished.put)
+    def submit(self, job: Callable[[], Result], peer: Hashable = None) -> None:
+        """Run `job` when it is the turn of `peer`; jobs of one peer begin in the order of submission."""
+        self._turns.add(peer, job)
+        self._threads.submit(self._turns.run_next).add_done_callback(self._finished.put)
 
     def take_finished(self) -> list[Result]:
         """The results since the last call. Raises what a job raised."""
@@ -44,6 +50,39 @@ class ReaderPool(Generic[Result]):
     def close(self) -> None:
         """Wait for running jobs, drop waiting ones. May be called twice."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _Turns(Generic[Result]):
+    """Jobs that wait, by peer, and how many of each peer run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[Hashable, deque[Callable[[], Result]]] = {}
+        self._running: Counter[Hashable] = Counter()
+
+    def add(self, peer: Hashable, job: Callable[[], Result]) -> None:
+        with self._lock:
+            self._waiting.setdefault(peer, deque()).append(job)
+
+    def run_next(self) -> Result:
+        """Run the job whose turn it is; there must be one."""
+        peer, job = self._take()
+        try:
+            return job()
+        finally:
+            with self._lock:
+                self._running[peer] -= 1
+                self._running += Counter()  # forgets peers of which nothing runs
+
+    def _take(self) -> tuple[Hashable, Callable[[], Result]]:
+        with self._lock:
+            peer = min(self._waiting, key=self._running.__getitem__)
+            jobs = self._waiting.pop(peer)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[peer] = jobs  # at the end of the queue of peers
+            self._running[peer] += 1
+            return peer, job
 
 
 @dataclass

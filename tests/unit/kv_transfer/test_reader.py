@@ -10,17 +10,17 @@ from functools import partial
 
 import pytest
 
-from vllm_ascend.kv_transfer.reader import ReaderPool
+from vllm_ascend.kv_transfer.reader import ReaderPool, Result
 
 
 def nothing() -> None:
     pass
 
 
-def take(pool: ReaderPool[int], count: int) -> list[int]:
+def take(pool: ReaderPool[Result], count: int, patience_s: float = 5) -> list[Result]:
     """As the engine does: look again and again, never wait inside."""
-    taken: list[int] = []
-    deadline = time.monotonic() + 5
+    taken: list[Result] = []
+    deadline = time.monotonic() + patience_s
     while len(taken) < count and time.monotonic() < deadline:
         taken += pool.take_finished()
     return taken
@@ -106,3 +106,31 @@ def test_closing_waits_for_the_running_job_and_drops_the_waiting_ones():
     pool.close()
     pool.close()
     assert 1 <= len(done) < 5
+
+
+def test_peers_take_turns_so_that_one_that_hangs_with_many_jobs_delays_another_by_one():
+    pool: ReaderPool[str] = ReaderPool(2, nothing)
+    begun: list[str] = []
+    gates = [threading.Semaphore(0) for _ in range(5)]
+
+    def hanging(number: int) -> str:
+        begun.append(f"hanging {number}")
+        gates[number].acquire()
+        return "hanging"
+
+    def lively() -> str:
+        begun.append("lively")
+        return "lively"
+
+    for number in range(5):
+        pool.submit(partial(hanging, number), peer="hanging")
+    for _ in range(3):
+        pool.submit(lively, peer="lively")
+    assert take(pool, 1, patience_s=0.1) == []
+    gates[0].release()
+    assert take(pool, 4) == ["hanging", "lively", "lively", "lively"]
+    assert begun[:3] == ["hanging 0", "hanging 1", "lively"]
+    for gate in gates[1:]:
+        gate.release()
+    assert len(take(pool, 4)) == 4
+    pool.close()
