@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class AscendError(Exception):
     """Base of everything this package raises on purpose."""
@@ -29,7 +31,15 @@ class PeerUnreachable(KVTransferError):
 
 
 class ReadFailed(KVTransferError):
-    """One request's KV did not arrive whole: its destination blocks must not be used."""
+    """One request's KV did not arrive whole: its destination blocks must not be used.
+
+    Until `settled()` the transport may still write there, and they must not be given to anyone else either.
+    """
+
+    def __init__(self, reason: str, settled: Callable[[], bool] = lambda: True) -> None:
+        """`settled`, once True, stays so; it never waits, and is called by one thread at a time."""
+        super().__init__(reason)
+        self.settled = settled
 
 
 class PeerNotAdmitted(KVTransferError):

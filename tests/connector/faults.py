@@ -46,6 +46,6 @@ class FaultyConnector(MooncakeConnector):
     """Those of ranks that were started; cleared by whoever starts an engine to find its own."""
 
     @classmethod
-    def start_transport(cls, host: str, protocol: str) -> Transport:
-        cls.transports.append(FaultyTransport(super().start_transport(host, protocol)))
+    def start_transport(cls, host: str, protocol: str, timeout_s: float) -> Transport:
+        cls.transports.append(FaultyTransport(super().start_transport(host, protocol, timeout_s)))
         return cls.transports[-1]

@@ -28,8 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.config": {"errors", "kv_transfer.trust"},
     "kv_transfer.connector": {
         *("errors", "envs", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.sums"),
-        *("kv_transfer.transport", "kv_transfer.trust", "kv_transfer.worker"),
+        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.regroup", "kv_transfer.scheduler"),
+        *("kv_transfer.sums", "kv_transfer.transport", "kv_transfer.trust", "kv_transfer.worker"),
     },
     "kv_transfer.scheduler": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),

@@ -48,6 +48,8 @@ class Options:
     """Decode: how many requests a rank reads at the same time."""
     peer_timeout_s: float = 5.0
     """Decode: how long to wait for a prefill engine's answer."""
+    read_timeout_s: float = 10.0
+    """Decode: how long a read may go on without progress."""
     verify: bool = False
     """Check every load against checksums of what prefill computed; must be set on both sides."""
     peer_networks: tuple[Network, ...] = ()
@@ -64,6 +66,7 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
         "lease_s": _positive_seconds,
         "reader_threads": _thread_count,
         "peer_timeout_s": _positive_seconds,
+        "read_timeout_s": _positive_seconds,
         "verify": _flag,
         "peer_networks": _networks,
         "prefill": _sizes,

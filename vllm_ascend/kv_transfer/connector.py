@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from vllm_ascend.kv_transfer.messages import (
 )
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
+from vllm_ascend.kv_transfer.regroup import Regroup
 from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
 from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.transport import Transport
@@ -127,14 +128,21 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             # Started here, so that a missing library ends the engine before its cache is allocated.
             self._protocol = self._options.protocol or default_protocol()
-            self._transport = self.start_transport(vllm_envs.VLLM_HOST_IP or self._host, self._protocol)
+            self._transport = self.start_transport(
+                vllm_envs.VLLM_HOST_IP or self._host, self._protocol, self._options.read_timeout_s
+            )
 
     # Worker half
 
     @classmethod
-    def start_transport(cls, host: str, protocol: str) -> Transport:
+    def start_transport(cls, host: str, protocol: str, timeout_s: float) -> Transport:
         """What moves bytes for this rank. Raises ConfigError if it cannot."""
-        return MooncakeTransport(host, protocol)
+        return MooncakeTransport(host, protocol, timeout_s)
+
+    @classmethod
+    def make_regroup(cls, kv_caches: Sequence[torch.Tensor]) -> Regroup:
+        """What regroups the heads of these layers, and fences their use."""
+        return Regroup(kv_caches)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel = self._vllm_config.parallel_config
@@ -150,7 +158,10 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             reader=f"{self._kv_transfer_config.engine_id}/{place}",
         )
         local = local_cache(self._vllm_config, self._kv_cache_config, kv_caches, rank)
-        self._worker = WorkerHalf(local, self._transport, self._protocol, self._options, self._trust)
+        regroups = [self.make_regroup(stack.tensors) for stack in local.stacks]
+        self._worker = WorkerHalf(
+            local, self._transport, regroups, self._protocol, self._options, self._trust
+        )
         self._registered = Registered(
             self._protocol, local.description, local.blocks, local.for_peers(self._transport.session)
         )

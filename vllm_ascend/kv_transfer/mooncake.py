@@ -3,11 +3,20 @@
 
 The engine reads another process's registered memory by itself, without that process taking part. It reports
 failure by codes; here they become exceptions.
+
+A batch that Mooncake reports as failed is not over: the report comes with the first range that failed or
+with the end of the patience, and the other ranges land when the peer sends them. The one exact question that
+its Python interface answers is whether a batch of one range has ended. So over TCP, where ranges travel one
+by one anyway, each is a batch of its own. A range ends when it is read, when its connection breaks, or when
+nothing came for MC_TCP_PROGRESS_TIMEOUT_SEC (30 by default). Over other protocols, which gain from batches, a
+failed one is taken to have ended after as long as Mooncake's own patience (MC_TRANSFER_TIMEOUT).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +25,18 @@ from vllm_ascend.errors import ConfigError, ReadFailed
 from vllm_ascend.kv_transfer.transport import Copies, Region, Session
 
 _MOST_PER_BATCH = 1024
-"""Ranges in one batch. Over TCP 2,048 went through and 4,096 failed, whole batches at a time."""
+"""Ranges in one batch."""
+
+_MOST_UNDER_WAY = 256
+"""Ranges of one read that wait in Mooncake over TCP. It queues 1,024 for each peer and refuses those that
+then wait for a second."""
+
+_PIECE_BYTES = 4 << 20
+"""Longest range that is asked for over TCP: the unit of progress, and of sharing a peer's connections."""
+
+_LOOK_EVERY_S = 0.0002
+
+_FAILED_BATCH_ENDS_S = 30.0
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -31,9 +51,14 @@ def default_protocol() -> str:
 class MooncakeTransport:
     """One transfer engine: a session of its own, reachable at `host` on a port that the engine chooses."""
 
-    def __init__(self, host: str, protocol: str) -> None:
-        """Start the engine. Raises ConfigError if Mooncake cannot be loaded or cannot speak `protocol`."""
+    def __init__(self, host: str, protocol: str, timeout_s: float = 10.0) -> None:
+        """Start the engine. A read fails when nothing has come for `timeout_s` (over TCP; see above).
+
+        Raises ConfigError if Mooncake cannot be loaded or cannot speak `protocol`.
+        """
         _check_protocol(protocol)
+        self._protocol = protocol
+        self._timeout_s = timeout_s
         self._engine = _engine_class()()
         # P2PHANDSHAKE: engines find each other by session, without a metadata server.
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
@@ -58,6 +83,60 @@ class MooncakeTransport:
             self._registered.append(region)
 
     def read(self, peer: Session, copies: Copies) -> None:
+        if self._protocol == "tcp":
+            self._read_ranges(peer, copies)
+        else:
+            self._read_batches(peer, copies)
+
+    def close(self) -> None:
+        if self._engine is None:
+            return
+        while self._registered:
+            self._engine.unregister_memory(self._registered.pop().address)
+        # Ends its threads, and with them whatever still waits for a peer.
+        self._engine = None
+
+    def ended(self, batch: int) -> int:
+        """What became of a batch of one range: 0 not yet known, 1 read, -1 failed; then asked no more."""
+        return 1 if self._engine is None else int(self._engine.transfer_check_status(batch))
+
+    def _read_ranges(self, peer: Session, copies: Copies) -> None:
+        left = copies.pieces(_PIECE_BYTES)
+        under_way = _UnderWay(self)
+        progress_s = time.monotonic()
+        while self._ask_for(peer, left, under_way) or under_way.batches:
+            ended = under_way.look()
+            now_s = time.monotonic()
+            if under_way.failed:
+                raise ReadFailed(
+                    f"Mooncake's transfer engine could not read {under_way.failed} of the ranges asked of "
+                    f"{peer}",
+                    under_way.settled,
+                )
+            if ended:
+                progress_s = now_s
+            elif now_s - progress_s > self._timeout_s:
+                raise ReadFailed(
+                    f"nothing came from {peer} for {self._timeout_s:g} s, with {len(under_way.batches)} "
+                    f"ranges under way; restart it if it hangs, or raise read_timeout_s",
+                    under_way.settled,
+                )
+            else:
+                time.sleep(_LOOK_EVERY_S)
+
+    def _ask_for(self, peer: Session, left: Iterator[tuple[int, int, int]], under_way: _UnderWay) -> bool:
+        """Fill up `under_way` from what is `left`. Returns whether any was."""
+        asked = False
+        while len(under_way.batches) < _MOST_UNDER_WAY and (piece := next(left, None)) is not None:
+            remote, local, num_bytes = piece
+            batch = self._engine.batch_transfer_async_read(peer, [local], [remote], [num_bytes])
+            if batch == 0:
+                raise ReadFailed(f"Mooncake's transfer engine cannot ask {peer}", under_way.settled)
+            under_way.batches.append(batch)
+            asked = True
+        return asked
+
+    def _read_batches(self, peer: Session, copies: Copies) -> None:
         for batch in copies.batches(_MOST_PER_BATCH):
             code = self._engine.batch_transfer_sync_read(
                 peer, batch.local.tolist(), batch.remote.tolist(), batch.num_bytes.tolist()
@@ -65,12 +144,37 @@ class MooncakeTransport:
             if code != 0:
                 raise ReadFailed(
                     f"Mooncake's transfer engine returned {code} for {len(batch)} ranges, "
-                    f"{batch.total_bytes} bytes, from {peer}"
+                    f"{batch.total_bytes} bytes, from {peer}",
+                    partial(self._past, time.monotonic() + _FAILED_BATCH_ENDS_S),
                 )
 
-    def close(self) -> None:
-        while self._registered:
-            self._engine.unregister_memory(self._registered.pop().address)
+    def _past(self, at_s: float) -> bool:
+        return self._engine is None or time.monotonic() >= at_s
+
+
+class _UnderWay:
+    """Ranges that the engine was asked for and has not reported on."""
+
+    def __init__(self, transport: MooncakeTransport) -> None:
+        self._transport = transport
+        self.batches: list[int] = []
+        self.failed = 0
+
+    def look(self) -> int:
+        """How many have ended since the last look."""
+        before = len(self.batches)
+        self.batches = [batch for batch in self.batches if not self._ended(batch)]
+        return before - len(self.batches)
+
+    def settled(self) -> bool:
+        """Whether all have ended."""
+        self.look()
+        return not self.batches
+
+    def _ended(self, batch: int) -> bool:
+        code = self._transport.ended(batch)
+        self.failed += code < 0
+        return code != 0
 
 
 def _engine_class() -> Any:  # Any: Mooncake's extension module has no types

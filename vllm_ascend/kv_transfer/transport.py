@@ -60,6 +60,14 @@ class Copies:
             part = slice(start, start + most)
             yield Copies(self.remote[part], self.local[part], self.num_bytes[part])
 
+    def pieces(self, most_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """The same copies as (remote, local, num_bytes), cut where they are longer than `most_bytes`."""
+        for remote, local, num_bytes in zip(
+            self.remote.tolist(), self.local.tolist(), self.num_bytes.tolist(), strict=True
+        ):
+            for start in range(0, num_bytes, most_bytes):
+                yield remote + start, local + start, min(most_bytes, num_bytes - start)
+
 
 class Transport(Protocol):
     """Moves bytes between registered regions. Knows nothing of requests or heads."""
@@ -76,12 +84,13 @@ class Transport(Protocol):
     def read(self, peer: Session, copies: Copies) -> None:
         """Return when all `copies` are local; raise ReadFailed, never return a code.
 
-        After ReadFailed the destinations hold anything. Safe to call from several threads.
+        After ReadFailed the destinations hold anything, and bytes may still land in them until the error
+        is `settled()`. Safe to call from several threads.
         """
         ...
 
     def close(self) -> None:
-        """Withdraw what was registered. May be called twice."""
+        """Withdraw what was registered; nothing is written from then on. May be called twice."""
         ...
 
 

@@ -4,19 +4,20 @@
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
 question who the peer is to the word that it is done: plan, prove, wait until the blocks are idle, read,
 regroup, verify if asked to, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the
-first for the second.
+first for the second. What was not loaded is told only when its blocks can be written no more, since vLLM then
+gives them to others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
+from vllm_ascend.errors import KVTransferError, PeerUnreachable, ReadFailed, TopologyError, WireError
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
 from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
@@ -60,6 +61,8 @@ class NotLoaded:
 
     request_id: str
     reason: str
+    settled: Callable[[], bool] = lambda: True
+    """Whether nothing writes them any more."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,20 @@ class WorkerHalf:
     """One rank's worker half, from the registration of its cache on."""
 
     def __init__(
-        self, local: LocalCache, transport: Transport, protocol: str, options: Options, trust: Trust
+        self,
+        local: LocalCache,
+        transport: Transport,
+        regroups: Sequence[Regroup],
+        protocol: str,
+        options: Options,
+        trust: Trust,
     ) -> None:
-        """Register the cache. Raises ConfigError if the transport cannot."""
+        """Register the cache; `regroups`: one for each of its stacks. Raises ConfigError if it cannot."""
         self._local = local
         self._transport = transport
         self._protocol = protocol
         self._options = options
-        self._regroups = [Regroup(stack.tensors) for stack in local.stacks]
+        self._regroups = regroups
         self._trust = trust
         self._lines = Lines(options.peer_timeout_s, trust)
         self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
@@ -96,6 +105,7 @@ class WorkerHalf:
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
         )
+        self._unsettled: list[NotLoaded] = []
 
     def start(self, pulls: tuple[Pull, ...]) -> None:
         """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
@@ -103,19 +113,27 @@ class WorkerHalf:
             return
         fence = self._regroups[0].fence()
         for pull in pulls:
-            self._readers.submit(partial(self._load, pull, fence, Stopwatch.started()))
+            job = partial(self._load, pull, fence, Stopwatch.started())
+            self._readers.submit(job, peer=(pull.remote.remote_host, pull.remote.remote_port))
 
     def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
         """This rank's checksums of a finished request, for decode to check what it reads."""
         return tuple(found for stack in self._local.stacks for found in self._sum_stack(stack, to_sum))
 
     def take_results(self) -> list[Loaded | NotLoaded]:
-        """What has come of pulls since the last call."""
+        """What has come of pulls since the last call, and whose blocks can be written no more."""
         results = self._readers.take_finished()
         for result in results:
             if isinstance(result, NotLoaded):
                 logger.warning("KV of request %s was not loaded: %s", result.request_id, result.reason)
-        return results
+        ended: list[Loaded | NotLoaded] = []
+        waiting, self._unsettled = self._unsettled, []
+        for result in [*waiting, *results]:
+            if isinstance(result, NotLoaded) and not result.settled():
+                self._unsettled.append(result)
+            else:
+                ended.append(result)
+        return ended
 
     def close(self) -> None:
         """Wait for running reads, hang up, withdraw the cache. May be called twice."""
@@ -138,6 +156,11 @@ class WorkerHalf:
         outcome: Loaded | NotLoaded
         try:
             outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
+        except PeerUnreachable as error:
+            # It cannot be told either, and asking again would keep this thread from other peers.
+            return NotLoaded(pull.request_id, str(error))
+        except ReadFailed as error:
+            outcome = NotLoaded(pull.request_id, str(error), error.settled)
         except KVTransferError as error:
             outcome = NotLoaded(pull.request_id, str(error))
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
