@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.topology", "kv_transfer.transport"),
     },
     "kv_transfer.pairing": {
-        *("errors", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages", "kv_transfer.plan"),
-        *("kv_transfer.topology", "kv_transfer.transport"),
+        *("errors", "attention.cache_layout", "kv_transfer.config", "kv_transfer.local"),
+        *("kv_transfer.messages", "kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
     },
     "kv_transfer.keeper": {"errors", "kv_transfer.messages", "kv_transfer.trust"},
     "kv_transfer.handshake": {

@@ -47,6 +47,9 @@ OPERATOR_ROW_BYTES = 32
 HALVES = 2
 """A page has two halves: K, then V."""
 
+CONVERTIBLE = frozenset({"float16", "bfloat16"})
+"""Element types of one size, so that one can be made another where it lies."""
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -92,6 +95,10 @@ class PageLayout:
         """A page of the same elements, for other numbers of tokens and heads."""
         return replace(self, block_size=block_size, num_heads=num_heads)
 
+    def rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens in `slots` as rows of the layer, counted from page 0, as [plane, slot]."""
+        return self.row_offsets(slots) // self.row_bytes
+
     def row_offsets(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where the tokens in `slots` begin, in bytes from page 0, as [plane, slot].
 
@@ -101,6 +108,11 @@ class PageLayout:
         planes = np.arange(self.planes, dtype=np.int64) * self.plane_bytes
         offsets: npt.NDArray[np.int64] = np.add.outer(planes, page * self.page_bytes + token * self.row_bytes)
         return offsets
+
+
+def can_convert(there: str, here: str) -> bool:
+    """Whether a page with elements `there` can be made one with elements `here`, where it lies."""
+    return there == here or {there, here} <= CONVERTIBLE
 
 
 def page_layout(kv_cache: torch.Tensor, planes: int = HALVES) -> PageLayout:

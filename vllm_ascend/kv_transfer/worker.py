@@ -29,7 +29,7 @@ from vllm_ascend.kv_transfer.messages import (
     RemotePrefill,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
-from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
+from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
@@ -65,6 +65,21 @@ class _StackRead:
     runs: Runs
     copies: list[tuple[int, Copies]]
     """For each source, its prefill rank and the ranges."""
+    convert_from: str | None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether something is left to do when the bytes are here."""
+        return self.plan.shares > 1 or self.convert_from is not None
+
+    def finish(self) -> None:
+        """Regroup heads, convert elements. Raises ReadFailed for numbers that this cache cannot hold."""
+        page = self.plan.local.page
+        if self.plan.shares > 1:
+            pages = self.runs.in_pages(page.block_size)
+            self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
+        if self.convert_from is not None:
+            self.regroup.convert(page, self.runs.local(), self.convert_from)
 
 
 class WorkerHalf:
@@ -141,10 +156,9 @@ class WorkerHalf:
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
-        in_shares = [read for read in reads if read.plan.shares > 1]
-        for read in in_shares:
-            pages = read.runs.in_pages(read.plan.local.page.block_size)
-            read.regroup.run(pages.local(), share_positions(pages, read.plan.shares), pages.length)
+        raw = [read for read in reads if read.is_raw]
+        for read in raw:
+            read.finish()
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
@@ -154,21 +168,22 @@ class WorkerHalf:
             sources=tuple(sorted({rank for rank, _ in copies})),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
-            regroup_ms=clock.lap_ms() if in_shares else 0.0,
+            regroup_ms=clock.lap_ms() if raw else 0.0,
         )
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
         """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
         return [
-            self._plan_stack(stack, regroup, plans.next_plan(), pull, engine, tokens[stack.group])
+            self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
             for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
             if len(tokens[stack.group])
         ]
 
     def _plan_stack(
-        self, stack: Stack, regroup: Regroup, plan: PairPlan, pull: Pull, engine: PrefillEngine, tokens: Span
+        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, there: BlockSizes, tokens: Span
     ) -> _StackRead:
-        remote = _blocks(pull.remote.remote_block_ids[stack.group], engine.blocks)
+        plan = plans.next_plan()
+        remote = _blocks(pull.remote.remote_block_ids[stack.group], there)
         local = _blocks(pull.local_blocks[stack.group], self._local.blocks)
         for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
             if blocks.num_tokens < tokens.stop:
@@ -179,7 +194,7 @@ class WorkerHalf:
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(regroup, plan, runs, copies)
+        return _StackRead(regroup, plan, runs, copies, plans.convert_from)
 
     def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
         """How many blocks of this engine are to be written, of all groups.
