@@ -60,6 +60,8 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
                 model,
                 side.tp_size,
                 role,
+                # So the table shows that checksums do not depend on layouts and sizes, too.
+                {"verify": True},
                 block_size=side.block_size,
                 pp_size=len(side.layers_per_stage),
                 draft=draft,
@@ -155,6 +157,7 @@ def test_bytes(engines, num_tokens):
             decode.layer(rank, layer).fill_(UNTOUCHED)
 
     params = prefilled(prefill, f"p-{num_tokens}", num_tokens + 1, tuple(group.remote for group in groups))
+    prefill.step()
     local = tuple(group.local for group in groups)
     request, num_external = admit(decode, f"d-{num_tokens}", num_tokens + 1, local, params)
     assert num_external == num_tokens

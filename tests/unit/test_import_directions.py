@@ -28,16 +28,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.config": {"errors", "kv_transfer.trust"},
     "kv_transfer.connector": {
         *("errors", "envs", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.trust"),
-        "kv_transfer.worker",
+        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.scheduler", "kv_transfer.sums"),
+        *("kv_transfer.transport", "kv_transfer.trust", "kv_transfer.worker"),
     },
     "kv_transfer.scheduler": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
         *("kv_transfer.keeper", "kv_transfer.lease", "kv_transfer.messages", "kv_transfer.metrics"),
-        *("kv_transfer.topology", "kv_transfer.trust"),
+        *("kv_transfer.sums", "kv_transfer.topology", "kv_transfer.trust"),
     },
     "kv_transfer.worker": {
-        *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
+        *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
+        *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
         *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
         "kv_transfer.transport",
@@ -50,6 +51,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.pairing": {
         *("errors", "attention.cache_layout", "kv_transfer.config", "kv_transfer.local"),
         *("kv_transfer.messages", "kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
+    },
+    "kv_transfer.checksum": {"attention.cache_layout", "kv_transfer.topology"},
+    "kv_transfer.sums": {"errors", "kv_transfer.messages"},
+    "kv_transfer.verify": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.handshake"),
+        *("kv_transfer.messages", "kv_transfer.plan", "kv_transfer.topology"),
     },
     "kv_transfer.keeper": {"errors", "kv_transfer.messages", "kv_transfer.trust"},
     "kv_transfer.handshake": {

@@ -90,7 +90,7 @@ def _check_same(peer: Engine, local: LocalCache) -> None:
     if fields:
         raise TopologyError(
             f"prefill engine {peer.engine_id} cannot feed this engine: {'; '.join(fields)}; "
-            f"start both with the same model, --dtype and --kv-cache-dtype"
+            f"start both with the same model, --revision, --dtype, --quantization and --kv-cache-dtype"
         )
 
 

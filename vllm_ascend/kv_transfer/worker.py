@@ -3,19 +3,22 @@
 
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
 question who the peer is to the word that it is done: plan, prove, wait until the blocks are idle, read,
-regroup, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the first for the second.
+regroup, verify if asked to, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the
+first for the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from vllm.logger import init_logger
 
 from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
+from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
 from vllm_ascend.kv_transfer.local import LocalCache, Stack
@@ -27,15 +30,18 @@ from vllm_ascend.kv_transfer.messages import (
     Engine,
     Pull,
     RemotePrefill,
+    ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
+from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Copies, Transport
 from vllm_ascend.kv_transfer.trust import Trust
+from vllm_ascend.kv_transfer.verify import PeerSums, verify
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -60,6 +66,8 @@ class NotLoaded:
 class _StackRead:
     """What a pull reads of one stack's layers."""
 
+    stack: Stack
+    tokens: Span
     regroup: Regroup
     plan: PairPlan
     runs: Runs
@@ -72,14 +80,16 @@ class _StackRead:
         """Whether something is left to do when the bytes are here."""
         return self.plan.shares > 1 or self.convert_from is not None
 
-    def finish(self) -> None:
-        """Regroup heads, convert elements. Raises ReadFailed for numbers that this cache cannot hold."""
-        page = self.plan.local.page
+    def regroup_heads(self) -> None:
+        """Put the heads of several sources side by side."""
         if self.plan.shares > 1:
-            pages = self.runs.in_pages(page.block_size)
+            pages = self.runs.in_pages(self.plan.local.page.block_size)
             self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
+
+    def convert(self) -> None:
+        """Convert elements of another type. Raises ReadFailed for numbers that this cache cannot hold."""
         if self.convert_from is not None:
-            self.regroup.convert(page, self.runs.local(), self.convert_from)
+            self.regroup.convert(self.plan.local.page, self.runs.local(), self.convert_from)
 
 
 class WorkerHalf:
@@ -96,6 +106,8 @@ class WorkerHalf:
         self._regroups = [Regroup(stack.tensors) for stack in local.stacks]
         self._trust = trust
         self._lines = Lines(options.peer_timeout_s, trust)
+        self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
+        self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
@@ -110,6 +122,10 @@ class WorkerHalf:
         for pull in pulls:
             self._readers.submit(partial(self._load, pull, fence, Stopwatch.started()))
 
+    def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
+        """This rank's checksums of a finished request, for decode to check what it reads."""
+        return tuple(found for stack in self._local.stacks for found in self._sum_stack(stack, to_sum))
+
     def take_results(self) -> list[Loaded | NotLoaded]:
         """What has come of pulls since the last call."""
         results = self._readers.take_finished()
@@ -123,6 +139,15 @@ class WorkerHalf:
         self._readers.close()
         self._lines.close()
         self._transport.close()
+
+    def _sum_stack(self, stack: Stack, to_sum: ToSum) -> Iterator[LayerSums]:
+        tokens = tokens_seen(Span(0, to_sum.tokens), self._local.description.windows[stack.group])
+        units = units_of(tokens)
+        blocks = _blocks(to_sum.blocks[stack.group], self._local.blocks)
+        slots = blocks.slots(np.arange(units.start * UNIT_TOKENS, tokens.stop, dtype=np.int64))
+        for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
+            sums = layer_sums(layer, stack.memory.page, slots)
+            yield LayerSums(self._local.rank.place, name, units.start, sums)
 
     # From here on: reader threads.
 
@@ -156,9 +181,15 @@ class WorkerHalf:
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
-        raw = [read for read in reads if read.is_raw]
-        for read in raw:
-            read.finish()
+        for read in reads:
+            read.regroup_heads()
+        regroup_ms = clock.lap_ms()
+        if self._options.verify:
+            self._verify(pull, reads)
+            clock.lap_ms()
+        for read in reads:
+            read.convert()
+        regroup_ms += clock.lap_ms()
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
@@ -168,7 +199,7 @@ class WorkerHalf:
             sources=tuple(sorted({rank for rank, _ in copies})),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
-            regroup_ms=clock.lap_ms() if raw else 0.0,
+            regroup_ms=regroup_ms if any(read.is_raw for read in reads) else 0.0,
         )
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
@@ -194,7 +225,14 @@ class WorkerHalf:
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(regroup, plan, runs, copies, plans.convert_from)
+        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
+
+    def _verify(self, pull: Pull, reads: Sequence[_StackRead]) -> None:
+        """Raise ReadFailed unless every stack holds what the prefill engine computed, in its element type."""
+        for read in reads:
+            blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
+            ask = partial(self._peer_sums.of, pull.remote, read.tokens)
+            verify(read.plan, read.stack.tensors, blocks, read.tokens, self._summer, ask)
 
     def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
         """How many blocks of this engine are to be written, of all groups.
@@ -242,6 +280,11 @@ class WorkerHalf:
             )
         for rank in peer.ranks:
             self._trust.check_host(rank.session.rpartition(":")[0])
+        if self._options.verify and not peer.verifies:
+            raise TopologyError(
+                f"this engine verifies and prefill engine {peer.engine_id} does not; set verify in "
+                f"kv_connector_extra_config of both or none"
+            )
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
         sizes = peer.parallel
         logger.info(
