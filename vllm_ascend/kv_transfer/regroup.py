@@ -75,7 +75,7 @@ class Regroup:
             if not fits.item():
                 raise ReadFailed(
                     f"KV was computed in {cache_dtype} and has numbers too large for {kv_cache.dtype}; "
-                    f"start both engines with the same --dtype"
+                    f"start both engines with the same --kv-cache-dtype"
                 )
 
     def _regroup(self, local_blocks: Ints, positions: Ints) -> None:
