@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
+from vllm_ascend.errors import KVTransferError, LeaseEnded, ReadFailed, TopologyError, WireError
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
 from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
@@ -60,6 +60,8 @@ class NotLoaded:
 
     request_id: str
     reason: str
+    kind: str
+    """One of metrics.FAILURES."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,16 @@ class WorkerHalf:
         try:
             outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
         except KVTransferError as error:
-            outcome = NotLoaded(pull.request_id, str(error))
+            outcome = _not_loaded(pull, error)
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
         try:
             held = self._say_done(pull)
         except KVTransferError as error:
-            return NotLoaded(pull.request_id, str(error)) if isinstance(outcome, Loaded) else outcome
+            return _not_loaded(pull, error) if isinstance(outcome, Loaded) else outcome
         if isinstance(outcome, Loaded) and not held:
             engine_id = pull.remote.remote_engine_id
-            reason = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
-            return NotLoaded(pull.request_id, reason)
+            ended = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
+            return _not_loaded(pull, LeaseEnded(ended))
         return outcome
 
     def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
@@ -295,6 +297,10 @@ class WorkerHalf:
             sizes.dp_size,
         )
         return engine
+
+
+def _not_loaded(pull: Pull, error: KVTransferError) -> NotLoaded:
+    return NotLoaded(pull.request_id, str(error), error.kind)
 
 
 def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
