@@ -51,6 +51,15 @@ class PeerNotAdmitted(KVTransferError):
     kind: ClassVar[str] = "not_admitted"
 
 
+class ReadUnsettled(ReadFailed):
+    """Its destination blocks may still be written for a while: they must stay out of use until then."""
+
+    def __init__(self, message: str, may_write_for_s: float) -> None:
+        """`may_write_for_s`: seconds from now."""
+        super().__init__(message)
+        self.may_write_for_s = may_write_for_s
+
+
 class ReadDiffers(ReadFailed):
     """KV that arrived is not what prefill computed: somebody should find out why."""
 

@@ -9,6 +9,7 @@ first for the second.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,14 @@ from functools import partial
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ascend.errors import KVTransferError, LeaseEnded, ReadFailed, TopologyError, WireError
+from vllm_ascend.errors import (
+    KVTransferError,
+    LeaseEnded,
+    ReadFailed,
+    ReadUnsettled,
+    TopologyError,
+    WireError,
+)
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
 from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
@@ -62,6 +70,8 @@ class NotLoaded:
     reason: str
     kind: str
     """One of metrics.FAILURES."""
+    usable_at_s: float
+    """When, on the monotonic clock, nothing writes these blocks any more."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class WorkerHalf:
         self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
+        self._unsettled: list[NotLoaded] = []
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
@@ -129,12 +140,21 @@ class WorkerHalf:
         return tuple(found for stack in self._local.stacks for found in self._sum_stack(stack, to_sum))
 
     def take_results(self) -> list[Loaded | NotLoaded]:
-        """What has come of pulls since the last call."""
-        results = self._readers.take_finished()
-        for result in results:
+        """What has come of pulls since the last call.
+
+        Failed ones are told once their blocks can be used: vLLM recomputes into them, or gives them away.
+        """
+        results = []
+        for result in self._readers.take_finished():
             if isinstance(result, NotLoaded):
                 logger.warning("KV of request %s was not loaded: %s", result.request_id, result.reason)
-        return results
+                self._unsettled.append(result)
+            else:
+                results.append(result)
+        now_s = time.monotonic()
+        settled = [result for result in self._unsettled if result.usable_at_s <= now_s]
+        self._unsettled = [result for result in self._unsettled if result.usable_at_s > now_s]
+        return [*results, *settled]
 
     def close(self) -> None:
         """Wait for running reads, hang up, withdraw the cache. May be called twice."""
@@ -300,7 +320,8 @@ class WorkerHalf:
 
 
 def _not_loaded(pull: Pull, error: KVTransferError) -> NotLoaded:
-    return NotLoaded(pull.request_id, str(error), error.kind)
+    wait_s = error.may_write_for_s if isinstance(error, ReadUnsettled) else 0.0
+    return NotLoaded(pull.request_id, str(error), error.kind, time.monotonic() + wait_s)
 
 
 def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
