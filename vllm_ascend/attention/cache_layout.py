@@ -23,6 +23,8 @@ the rotated part of the key, side by side. To this file that is one head whose p
 
     page b  =  [ block_size, latent + rotated part ]
 
+There is nothing to shift, so vLLM's own block table and slots serve.
+
 vLLM describes a layer as a view [num_blocks, heads, block_size, content], where content is K and V of
 one token and head. Of that view this plugin keeps the pages and ignores the order inside a page.
 """
@@ -138,6 +140,21 @@ def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, 
     num_blocks, num_heads, block_size, content = kv_cache.shape
     halves = kv_cache.view(HALVES * num_blocks * shares, block_size, num_heads // shares, content // HALVES)
     return halves[:-1], halves[1:]
+
+
+def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A layer of latents as operators take it: [num_blocks, block_size, 1, size], the same memory.
+
+    `kv_cache` is what vLLM's latent layer holds, [num_blocks, block_size, size]. Raises ValueError if it is
+    not a row of whole pages.
+    """
+    if kv_cache.dim() != 3 or not kv_cache.is_contiguous():
+        raise ValueError(
+            f"a layer's latents must be a contiguous view [num_blocks, block_size, size], which they are in "
+            f"vLLM's layout LBHNC; got strides {list(kv_cache.stride())} for shape {list(kv_cache.shape)}: "
+            f"unset VLLM_KV_CACHE_LAYOUT"
+        )
+    return kv_cache.unsqueeze(2)
 
 
 def operator_block(block: Block) -> Block:
