@@ -51,7 +51,7 @@ def with_layers(engine: Description, **change: Any) -> Description:
         (with_cache, {"windows": (16,)}, "windows is (16,) there and (None,) here"),
         (with_layers, {"num_kv_heads": 8}, "num_kv_heads is 8 there and 4 here in layer model.layers.0."),
         (with_layers, {"head_size": 32}, "head_size is 32 there and 16 here in layer"),
-        (with_layers, {"cache_dtype": "float16"}, "cache_dtype is 'float16' there and 'bfloat16' here in"),
+        (with_layers, {"cache_dtype": "float32"}, "cache_dtype is 'float32' there and 'bfloat16' here in"),
         (with_layers, {"quantization": "fp8"}, "quantization is 'fp8' there and 'none' here in layer"),
         (with_layers, {"layout": "head-major"}, "layout is 'head-major' there and 'token-major' here in"),
     ],

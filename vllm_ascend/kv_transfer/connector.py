@@ -186,7 +186,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 # By request, not by block: vLLM takes block ids of models with one cache group only.
                 results.failed_recving.add(result.request_id)
-                self._stats.add_failure()
+                self._stats.add_failure(result.kind)
         return results
 
     def build_connector_worker_meta(self) -> Numbers | None:
@@ -195,6 +195,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         return report if report.by_request or report.sums else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        for side in (self._prefill, self._decode):
+            if side is not None:
+                side.report(self._stats)
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, TransferStats()

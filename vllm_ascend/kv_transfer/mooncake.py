@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_ascend.errors import ConfigError, ReadFailed
+from vllm_ascend.errors import ConfigError, ReadUnsettled
 from vllm_ascend.kv_transfer.transport import Copies, Region, Session
 
 _MOST_PER_BATCH = 1024
@@ -108,7 +108,7 @@ class MooncakeTransport:
             ended = under_way.look()
             now_s = time.monotonic()
             if under_way.failed:
-                raise ReadFailed(
+                raise ReadUnsettled(
                     f"Mooncake's transfer engine could not read {under_way.failed} of the ranges asked of "
                     f"{peer}",
                     under_way.settled,
@@ -116,7 +116,7 @@ class MooncakeTransport:
             if ended:
                 progress_s = now_s
             elif now_s - progress_s > self._timeout_s:
-                raise ReadFailed(
+                raise ReadUnsettled(
                     f"nothing came from {peer} for {self._timeout_s:g} s, with {len(under_way.batches)} "
                     f"ranges under way; restart it if it hangs, or raise read_timeout_s",
                     under_way.settled,
@@ -131,7 +131,7 @@ class MooncakeTransport:
             remote, local, num_bytes = piece
             batch = self._engine.batch_transfer_async_read(peer, [local], [remote], [num_bytes])
             if batch == 0:
-                raise ReadFailed(f"Mooncake's transfer engine cannot ask {peer}", under_way.settled)
+                raise ReadUnsettled(f"Mooncake's transfer engine cannot ask {peer}", under_way.settled)
             under_way.batches.append(batch)
             asked = True
         return asked
@@ -142,7 +142,7 @@ class MooncakeTransport:
                 peer, batch.local.tolist(), batch.remote.tolist(), batch.num_bytes.tolist()
             )
             if code != 0:
-                raise ReadFailed(
+                raise ReadUnsettled(
                     f"Mooncake's transfer engine returned {code} for {len(batch)} ranges, "
                     f"{batch.total_bytes} bytes, from {peer}",
                     partial(self._past, time.monotonic() + _FAILED_BATCH_ENDS_S),

@@ -39,7 +39,7 @@ from vllm_ascend.kv_transfer.messages import (
     Renewed,
     ToSum,
 )
-from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
+from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
@@ -101,6 +101,8 @@ class PrefillSide:
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
+        self._pinned: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
         self._listener = Listener(host, port, self._answer, trust)
         logger.info("KV listener of engine %s at %s:%d", self.engine_id, host, self._listener.port)
@@ -126,6 +128,9 @@ class PrefillSide:
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
             return False, None
         self._leases.grant(request.request_id, self._lease_s, time.monotonic())
+        self._pinned[request.request_id] = sum(
+            block != NULL_BLOCK for blocks in block_ids for block in blocks
+        )
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         if self._verify:
             # The last prompt token is never of use to decode, which computes its KV itself.
@@ -156,6 +161,8 @@ class PrefillSide:
                 self._lease_s,
             )
         self._sums.drop(freed.read | freed.expired)
+        for request_id in freed.read | freed.expired:
+            del self._pinned[request_id]
         return freed.read | freed.expired
 
     def take_to_sum(self) -> tuple[ToSum, ...]:
@@ -167,6 +174,14 @@ class PrefillSide:
         """What ranks report of requests that they have summed."""
         for request_id, layers in found.items():
             self._sums.add(request_id, layers)
+
+    def report(self, stats: TransferStats) -> None:
+        """Add what became of leases since the last call, and what is held now if that has changed."""
+        stats.count(**self._leases.take_counts())
+        levels = {"leases_held": len(self._pinned), "blocks_pinned": sum(self._pinned.values())}
+        if levels != self._reported:
+            self._reported = levels
+            stats.level(**levels)
 
     def rest(self, longest_s: float) -> None:
         """Pause until blocks may be freed, for `longest_s` at the most; not at all when none are held."""
@@ -210,6 +225,7 @@ class DecodeSide:
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
+        self._num_declined = 0
         self._numbers: dict[str, TransferNumbers] = {}
         self._pulls: list[Pull] = []
 
@@ -219,10 +235,10 @@ class DecodeSide:
             remote = RemotePrefill.parse(request.kv_transfer_params or {})
             self._trust.check_host(remote.remote_host)
         except (WireError, PeerNotAdmitted) as error:
-            logger.warning("request %s is computed here: %s", request.request_id, error)
+            self._decline(request, error)
             return
         if complaint := self._unusable(request, remote):
-            logger.warning("request %s is computed here: %s", request.request_id, complaint)
+            self._decline(request, complaint)
             self._keeper.release(remote)
             return
         self._announced[request.request_id] = remote
@@ -295,9 +311,18 @@ class DecodeSide:
             return None
         return numbers.as_params()
 
+    def report(self, stats: TransferStats) -> None:
+        """Add what was declined since the last call."""
+        stats.count(declined=self._num_declined)
+        self._num_declined = 0
+
     def close(self) -> None:
         """End the keeper. May be called twice."""
         self._keeper.close()
+
+    def _decline(self, request: Request, reason: object) -> None:
+        logger.warning("request %s is computed here: %s", request.request_id, reason)
+        self._num_declined += 1
 
     def _useful_tokens(self, request: Request, remote: RemotePrefill) -> int:
         """Where the interval of prompt tokens ends whose KV is at the prefill engine and of use here.

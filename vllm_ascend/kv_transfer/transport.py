@@ -84,8 +84,8 @@ class Transport(Protocol):
     def read(self, peer: Session, copies: Copies) -> None:
         """Return when all `copies` are local; raise ReadFailed, never return a code.
 
-        After ReadFailed the destinations hold anything, and bytes may still land in them until the error
-        is `settled()`. Safe to call from several threads.
+        After ReadFailed the destinations hold anything; after ReadUnsettled bytes may still land in them
+        until it is `settled()`. Safe to call from several threads.
         """
         ...
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_ascend.errors import PeerUnreachable, ReadFailed, WireError
+from vllm_ascend.errors import PeerUnreachable, ReadDiffers, ReadFailed, WireError
 from vllm_ascend.kv_transfer.blocks import Blocks
 from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, UnitSums, units_of
 from vllm_ascend.kv_transfer.handshake import Lines
@@ -89,7 +89,7 @@ def verify(
     summer: Summer,
     ask: AskSumsOf,
 ) -> None:
-    """Raise ReadFailed, naming layer, head and tokens, unless `tokens` in `blocks` are what was computed.
+    """Raise ReadDiffers, naming layer, head and tokens, unless `tokens` in `blocks` are what was computed.
 
     `layers` are those of `plan.local`, one tensor each.
     """
@@ -100,7 +100,7 @@ def verify(
         expected = _expected(plan, name, units, ask)
         wrong = np.argwhere(found != expected)
         if len(wrong):
-            raise ReadFailed(_differs(name, plan, units, wrong))
+            raise ReadDiffers(_differs(name, plan, units, wrong))
 
 
 def _expected(plan: PairPlan, layer: str, units: Span, ask: AskSumsOf) -> UnitSums:

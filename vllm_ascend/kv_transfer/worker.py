@@ -17,7 +17,15 @@ from functools import partial
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ascend.errors import KVTransferError, PeerUnreachable, ReadFailed, TopologyError, WireError
+from vllm_ascend.errors import (
+    KVTransferError,
+    LeaseEnded,
+    PeerUnreachable,
+    ReadFailed,
+    ReadUnsettled,
+    TopologyError,
+    WireError,
+)
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
 from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
@@ -34,7 +42,7 @@ from vllm_ascend.kv_transfer.messages import (
     ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
-from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
+from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
@@ -61,7 +69,9 @@ class NotLoaded:
 
     request_id: str
     reason: str
-    settled: Callable[[], bool] = lambda: True
+    kind: str
+    """One of metrics.FAILURES."""
+    settled: Callable[[], bool]
     """Whether nothing writes them any more."""
 
 
@@ -76,6 +86,23 @@ class _StackRead:
     runs: Runs
     copies: list[tuple[int, Copies]]
     """For each source, its prefill rank and the ranges."""
+    convert_from: str | None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether something is left to do when the bytes are here."""
+        return self.plan.shares > 1 or self.convert_from is not None
+
+    def regroup_heads(self) -> None:
+        """Put the heads of several sources side by side."""
+        if self.plan.shares > 1:
+            pages = self.runs.in_pages(self.plan.local.page.block_size)
+            self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
+
+    def convert(self) -> None:
+        """Convert elements of another type. Raises ReadFailed for numbers that this cache cannot hold."""
+        if self.convert_from is not None:
+            self.regroup.convert(self.plan.local.page, self.runs.local(), self.convert_from)
 
 
 class WorkerHalf:
@@ -101,11 +128,11 @@ class WorkerHalf:
         self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
+        self._unsettled: list[NotLoaded] = []
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
         )
-        self._unsettled: list[NotLoaded] = []
 
     def start(self, pulls: tuple[Pull, ...]) -> None:
         """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
@@ -158,20 +185,18 @@ class WorkerHalf:
             outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
         except PeerUnreachable as error:
             # It cannot be told either, and asking again would keep this thread from other peers.
-            return NotLoaded(pull.request_id, str(error))
-        except ReadFailed as error:
-            outcome = NotLoaded(pull.request_id, str(error), error.settled)
+            return _not_loaded(pull, error)
         except KVTransferError as error:
-            outcome = NotLoaded(pull.request_id, str(error))
+            outcome = _not_loaded(pull, error)
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
         try:
             held = self._say_done(pull)
         except KVTransferError as error:
-            return NotLoaded(pull.request_id, str(error)) if isinstance(outcome, Loaded) else outcome
+            return _not_loaded(pull, error) if isinstance(outcome, Loaded) else outcome
         if isinstance(outcome, Loaded) and not held:
             engine_id = pull.remote.remote_engine_id
-            reason = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
-            return NotLoaded(pull.request_id, reason)
+            ended = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
+            return _not_loaded(pull, LeaseEnded(ended))
         return outcome
 
     def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
@@ -187,13 +212,15 @@ class WorkerHalf:
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
-        in_shares = [read for read in reads if read.plan.shares > 1]
-        for read in in_shares:
-            pages = read.runs.in_pages(read.plan.local.page.block_size)
-            read.regroup.run(pages.local(), share_positions(pages, read.plan.shares), pages.length)
-        regroup_ms = clock.lap_ms() if in_shares else 0.0
+        for read in reads:
+            read.regroup_heads()
+        regroup_ms = clock.lap_ms()
         if self._options.verify:
             self._verify(pull, reads)
+            clock.lap_ms()
+        for read in reads:
+            read.convert()
+        regroup_ms += clock.lap_ms()
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
@@ -203,21 +230,22 @@ class WorkerHalf:
             sources=tuple(sorted({rank for rank, _ in copies})),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
-            regroup_ms=regroup_ms,
+            regroup_ms=regroup_ms if any(read.is_raw for read in reads) else 0.0,
         )
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
         """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
         return [
-            self._plan_stack(stack, regroup, plans.next_plan(), pull, engine, tokens[stack.group])
+            self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
             for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
             if len(tokens[stack.group])
         ]
 
     def _plan_stack(
-        self, stack: Stack, regroup: Regroup, plan: PairPlan, pull: Pull, engine: PrefillEngine, tokens: Span
+        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, there: BlockSizes, tokens: Span
     ) -> _StackRead:
-        remote = _blocks(pull.remote.remote_block_ids[stack.group], engine.blocks)
+        plan = plans.next_plan()
+        remote = _blocks(pull.remote.remote_block_ids[stack.group], there)
         local = _blocks(pull.local_blocks[stack.group], self._local.blocks)
         for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
             if blocks.num_tokens < tokens.stop:
@@ -228,10 +256,10 @@ class WorkerHalf:
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(stack, tokens, regroup, plan, runs, copies)
+        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
 
     def _verify(self, pull: Pull, reads: Sequence[_StackRead]) -> None:
-        """Raise ReadFailed unless every stack holds what the prefill engine computed."""
+        """Raise ReadFailed unless every stack holds what the prefill engine computed, in its element type."""
         for read in reads:
             blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
             ask = partial(self._peer_sums.of, pull.remote, read.tokens)
@@ -298,6 +326,15 @@ class WorkerHalf:
             sizes.dp_size,
         )
         return engine
+
+
+def _not_loaded(pull: Pull, error: KVTransferError) -> NotLoaded:
+    settled = error.settled if isinstance(error, ReadUnsettled) else _settled
+    return NotLoaded(pull.request_id, str(error), error.kind, settled)
+
+
+def _settled() -> bool:
+    return True
 
 
 def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
