@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
         *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
-        "kv_transfer.transport",
+        *("kv_transfer.staged", "kv_transfer.transport"),
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
@@ -64,7 +64,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "kv_transfer.reader": {"errors", "envs", "kv_transfer.regroup", "kv_transfer.transport"},
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
-    "kv_transfer.windows": {"errors", "kv_transfer.transport"},
+    "kv_transfer.windows": {"errors", "kv_transfer.plan", "kv_transfer.transport"},
+    "kv_transfer.staged": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.place", "kv_transfer.plan"),
+        *("kv_transfer.reader", "kv_transfer.staging", "kv_transfer.transport", "kv_transfer.windows"),
+    },
     "kv_transfer.staging": {"errors", "kv_transfer.place", "kv_transfer.transport", "kv_transfer.windows"},
     "kv_transfer.place": {"errors", "attention.cache_layout", "kv_transfer.place_kernel"},
     "kv_transfer.place_kernel": set(),

@@ -19,9 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
+
+Ints = npt.NDArray[np.int64]
 
 ALIGNMENT_BYTES = 16
 """Layers, pieces and their rows begin at multiples of this."""
@@ -57,11 +61,15 @@ class OneLaunch:
             )
         self._distances = torch.tensor(distances, dtype=torch.int64).to(layers[0].device) // ALIGNMENT_BYTES
 
-    def place(self, staged: torch.Tensor, first_layer: int, pages: torch.Tensor) -> None:
-        """Put `staged` into `pages` of its layers, which begin with `first_layer`. Returns once it is queued.
+    def target(self, pages: Ints, shares: int) -> torch.Tensor:
+        """The pages as the kernel wants them."""
+        return torch.from_numpy(pages.astype(np.int32)).to(self._first.device)
 
-        `staged` is [layers, shares, pages, bytes of a piece], int8 and contiguous; `pages` is [pages], int32;
-        both are on the layers' device.
+    def place(self, staged: torch.Tensor, first_layer: int, target: torch.Tensor) -> None:
+        """Put `staged` into its layers, which begin with `first_layer`. Returns once it is queued.
+
+        `staged` is [layers, shares, pages, bytes of a piece], int8 and contiguous, on the layers' device;
+        `target` was made for its pages and shares.
         """
         num_layers, shares, num_pages, piece_bytes = staged.shape
         assert shares * piece_bytes == self._page_bytes
@@ -75,7 +83,7 @@ class OneLaunch:
             self._first,
             self._distances[first_layer : first_layer + num_layers],
             staged.view(-1).view(_WORD),
-            pages,
+            target,
             num_pages,
             num_tiles,
             SHARES=shares,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -59,7 +60,8 @@ def test_heads_stand_side_by_side_and_nothing_else_changes(
                 expected[first_layer + layer][page, :, head] = pieces[layer, share, n, :, of_share]
 
     staged = pieces.view(num_layers, shares, len(pages), -1)
-    kernel.OneLaunch(layers).place(staged, first_layer, torch.tensor(pages, dtype=torch.int32))
+    one_launch = kernel.OneLaunch(layers)
+    one_launch.place(staged, first_layer, one_launch.target(np.array(pages), shares))
 
     for layer, after in zip(layers, expected, strict=True):
         assert torch.equal(layer.view(after.shape), after)
@@ -71,7 +73,8 @@ def test_programs_take_several_tiles_where_there_are_more_tiles(
     monkeypatch.setattr(kernel, "_MOST_PROGRAMS", 3)
     layers = [torch.zeros(5, 4, 2, 2 * 16, dtype=torch.int8) for _ in range(3)]
     pieces = torch.randint(-128, 128, (3, 2, 5, 4, 2 * 16), dtype=torch.int8)
-    kernel.OneLaunch(layers).place(pieces.view(3, 2, 5, -1), 0, torch.arange(5, dtype=torch.int32))
+    one_launch = kernel.OneLaunch(layers)
+    one_launch.place(pieces.view(3, 2, 5, -1), 0, one_launch.target(np.arange(5), 2))
     for layer, of_layer in zip(layers, pieces, strict=True):
         assert torch.equal(layer.view(5, 4, 2, 2 * 16), of_layer.permute(1, 2, 0, 3))
 
