@@ -29,6 +29,15 @@ _SETTLE_AFTER_ERROR_S = 1.0
 _SETTLE_AFTER_TIMEOUT_S = 60.0
 """A batch that timed out goes on, and cannot be cancelled: a peer that froze may still send when it thaws."""
 
+_TCP_QUEUE = {
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
+    "MC_TCP_ADMISSION_TIMEOUT_MS": "30000",
+}
+"""Ranges that may wait for one peer, and how long. Mooncake 0.3.13 by itself fails a whole batch when 1,024 are
+queued and as many wait, or wait for a second; two requests that are read row by row have more. Its successors
+have the larger numbers, too (kvcache-ai/Mooncake#3710)."""
+
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 _CARD_BUILD = "mooncake-transfer-engine-npu"
@@ -45,6 +54,8 @@ class MooncakeTransport:
     def __init__(self, host: str, protocol: str) -> None:
         """Start the engine. Raises ConfigError if Mooncake cannot be loaded or cannot speak `protocol`."""
         _check_protocol(protocol)
+        for name, value in _TCP_QUEUE.items():
+            os.environ.setdefault(name, value)
         self._engine = _engine_class()()
         # P2PHANDSHAKE: engines find each other by session, without a metadata server.
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
