@@ -96,7 +96,6 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("features", "reason"),
     [
-        pytest.param({"has_sink": True}, "attention sinks not supported", id="sinks"),
         pytest.param({"use_mla": True}, "MLA not supported", id="latent attention"),
         pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="encoder"),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported", id="FP8 cache"),

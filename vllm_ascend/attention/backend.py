@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM's attention selector asks before it takes this backend: types, sizes, layouts.
 
-A feature that is not listed here (ALiBi, soft caps, sinks, encoders, FP8 caches) is refused by name: by the
+A feature that is not listed here (ALiBi, encoders, FP8 caches) is refused by name: by the
 selector, or by the implementation where the selector does not ask.
 """
 
@@ -70,6 +70,10 @@ class GroupedAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
         return True
 
     @classmethod
