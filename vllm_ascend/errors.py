@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class AscendError(Exception):
     """Base of everything this package raises on purpose."""
@@ -15,22 +17,56 @@ class ConfigError(AscendError, ValueError):
 class KVTransferError(AscendError):
     """Base of what can go wrong between two engines; the engine that raises it goes on."""
 
+    kind: ClassVar[str] = "other"
+    """Its name in metrics."""
+
 
 class TopologyError(KVTransferError):
     """Two engines whose models, caches or sizes cannot exchange KV: no retry will help."""
+
+    kind: ClassVar[str] = "mismatch"
 
 
 class WireError(KVTransferError):
     """A message that this engine does not understand: it is refused, the connection stays."""
 
+    kind: ClassVar[str] = "refused"
+
 
 class PeerUnreachable(KVTransferError):
     """A peer that did not answer in time: its leases will end, its requests are lost."""
+
+    kind: ClassVar[str] = "unreachable"
 
 
 class ReadFailed(KVTransferError):
     """One request's KV did not arrive whole: its destination blocks must not be used."""
 
+    kind: ClassVar[str] = "read"
+
 
 class PeerNotAdmitted(KVTransferError):
     """A peer outside the listed networks: it is never called, and what it says is not used."""
+
+    kind: ClassVar[str] = "not_admitted"
+
+
+class ReadUnsettled(ReadFailed):
+    """Its destination blocks may still be written for a while: they must stay out of use until then."""
+
+    def __init__(self, message: str, may_write_for_s: float) -> None:
+        """`may_write_for_s`: seconds from now."""
+        super().__init__(message)
+        self.may_write_for_s = may_write_for_s
+
+
+class ReadDiffers(ReadFailed):
+    """KV that arrived is not what prefill computed: somebody should find out why."""
+
+    kind: ClassVar[str] = "checksum"
+
+
+class LeaseEnded(ReadFailed):
+    """The blocks that were read may have been given to another request meanwhile."""
+
+    kind: ClassVar[str] = "lease_ended"

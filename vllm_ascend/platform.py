@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_ascend import envs
 from vllm_ascend.errors import ConfigError
@@ -22,13 +23,17 @@ from vllm_ascend.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+    from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 # vLLM shows what comes from loggers under its own name.
 logger = init_logger(f"vllm.{__name__}")
 
-_ATTENTION_BACKEND = "vllm_ascend.attention.backend.GroupedAttentionBackend"
+_GROUPED_BACKEND = "vllm_ascend.attention.backend.GroupedAttentionBackend"
+_LATENT_BACKEND = "vllm_ascend.attention.backend.LatentAttentionBackend"
+_LATENT_PREFILL = "vllm_ascend.attention.latent.LatentPrefill"
 _WORKER = "vllm_ascend.worker.worker.NPUWorker"
 _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
 
@@ -105,7 +110,8 @@ class NPUPlatform(Platform):
         """
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        register_backend(AttentionBackendEnum.CUSTOM, _ATTENTION_BACKEND)
+        backend = _LATENT_BACKEND if attn_selector_config.use_mla else _GROUPED_BACKEND
+        register_backend(AttentionBackendEnum.CUSTOM, backend)
         if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
             raise ConfigError(
                 f"attention backend {selected_backend.name} does not run on an NPU; "
@@ -120,7 +126,15 @@ class NPUPlatform(Platform):
                 f"this model or configuration needs attention that an NPU engine does not do yet: "
                 f"{', '.join(reasons)} (asked: {attn_selector_config})"
             )
-        return _ATTENTION_BACKEND
+        return backend
+
+    @classmethod
+    def get_mla_prefill_backend_cls(
+        cls, mla_selector_config: MLAPrefillSelectorConfig
+    ) -> type[MLAPrefillBackend]:
+        """There is one; what it does not do, the attention layer refuses."""
+        prefill: type[MLAPrefillBackend] = resolve_obj_by_qualname(_LATENT_PREFILL)
+        return prefill
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

@@ -168,11 +168,13 @@ class Engine:
         model: Model | int,
         pages_per_block: int = 1,
         layers_per_stage: Sequence[int] | None = None,
+        connector: type[MooncakeConnector] = MooncakeConnector,
     ) -> None:
         """`model`: an integer is a plain model's number of KV heads.
 
         `pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler.
         """
+        self._connector_class = connector
         self.model = model if isinstance(model, Model) else Model(model)
         self.tp_size = config.parallel_config.tensor_parallel_size
         layers_per_stage = layers_per_stage or (self.model.num_layers,)
@@ -309,7 +311,7 @@ class Engine:
     def _connector(
         self, config: VllmConfig, role: KVConnectorRole, caches: KVCacheConfig
     ) -> MooncakeConnector:
-        connector = MooncakeConnector(config, role, caches)
+        connector = self._connector_class(config, role, caches)
         self._closing.append(connector)
         return connector
 

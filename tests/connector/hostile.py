@@ -12,6 +12,7 @@ import msgspec
 from vllm_ascend.kv_transfer.messages import (
     Answer,
     AskForEngine,
+    AskSums,
     Done,
     Question,
     Refused,
@@ -50,6 +51,7 @@ def _genuine(engine_id: str) -> tuple[Question | Answer, ...]:
         Done(engine_id=engine_id, request_id=OWN[0], reader="decode/0", num_readers=2),
         Done(engine_id=engine_id, request_id="unheard-of", reader="decode/0", num_readers=1),
         Release(engine_id=engine_id, request_ids=OWN),
+        AskSums(engine_id=engine_id, request_id=OWN[0], rank=0, layer="a", first_unit=0, num_units=1),
         Refused(reason="an answer is no question"),
     )
 

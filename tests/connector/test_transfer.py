@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from connector.engines import (
     prefilled,
     running,
 )
-from connector.topologies import LAYERS, TABLE, Pair
+from connector.topologies import LAYERS, TABLE, Model, Pair
 
 UNTOUCHED = 0x5A5A
 
@@ -59,11 +60,13 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
                 model,
                 side.tp_size,
                 role,
+                # So the table shows that checksums do not depend on layouts and sizes, too.
+                {"verify": True},
                 block_size=side.block_size,
                 pp_size=len(side.layers_per_stage),
                 draft=draft,
             ),
-            pair.model,
+            dataclasses.replace(pair.model, dtype=side.dtype),
             side.pages_per_block,
             side.layers_per_stage,
         )
@@ -121,25 +124,27 @@ def part_of(engine: Engine, rank: int, layer: int, bits: torch.Tensor) -> torch.
     return bits[..., heads_of(rank % engine.tp_size, engine.tp_size, engine.model.heads_of(layer)), :]
 
 
+def random_bits(pair: Pair, num_tokens: int, num_heads: int) -> torch.Tensor:
+    """Bits of one layer [plane, token, head, dim], as the prefill engine keeps them."""
+    shape = (1 if pair.model.latent else 2, num_tokens, num_heads, HEAD_SIZE)
+    if pair.prefill.dtype == pair.decode.dtype:
+        return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
+    return torch.randn(shape, dtype=getattr(torch, pair.prefill.dtype)).view(torch.int16)
+
+
+def as_in_decode(pair: Pair, bits: torch.Tensor) -> torch.Tensor:
+    there, here = getattr(torch, pair.prefill.dtype), getattr(torch, pair.decode.dtype)
+    return bits.contiguous().view(there).to(here).view(torch.int16)
+
+
 @pytest.mark.parametrize("num_tokens", PROMPTS)
 def test_bytes(engines, num_tokens):
     prefill, decode, pair = engines
     model = pair.model
     groups = [wanted_of(group, pair, num_tokens) for group in range(len(model.windows))]
     layers = range(model.num_layers + (model.draft_heads is not None))
-    # Random bits [plane, token, head, dim] of every layer, each prefill rank's slice of them in its cache.
     reference = {
-        layer: torch.randint(
-            -(2**15),
-            2**15,
-            (
-                1 if model.latent else 2,
-                len(groups[model.group_of(layer)].sources),
-                model.heads_of(layer),
-                HEAD_SIZE,
-            ),
-            dtype=torch.int16,
-        )
+        layer: random_bits(pair, len(groups[model.group_of(layer)].sources), model.heads_of(layer))
         for layer in layers
     }
     for rank in range(prefill.num_ranks):
@@ -152,6 +157,7 @@ def test_bytes(engines, num_tokens):
             decode.layer(rank, layer).fill_(UNTOUCHED)
 
     params = prefilled(prefill, f"p-{num_tokens}", num_tokens + 1, tuple(group.remote for group in groups))
+    prefill.step()
     local = tuple(group.local for group in groups)
     request, num_external = admit(decode, f"d-{num_tokens}", num_tokens + 1, local, params)
     assert num_external == num_tokens
@@ -167,7 +173,7 @@ def test_bytes(engines, num_tokens):
             # Groups lie over each other: what another group's layer got is in this memory, too.
             for other in decode.layers_at(rank, layer):
                 part = part_of(decode, rank, other, reference[other])
-                expected[:, groups[model.group_of(other)].targets] = part
+                expected[:, groups[model.group_of(other)].targets] = as_in_decode(pair, part)
             assert torch.equal(found, expected), f"decode rank {rank}, layer {layer}"
             num_elements += part_of(decode, rank, layer, reference[layer]).numel()
 
@@ -216,3 +222,16 @@ def test_ranks_with_the_same_heads_are_read_in_turn(tmp_path):
             sources.append(finish(decode, wanted)["sources"])
     # Four copies of each of two heads: ranks 0 to 3 and 4 to 7.
     assert sources == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_numbers_that_the_other_element_type_cannot_hold_are_not_decoded(tmp_path, caplog_vllm):
+    model = model_folder(tmp_path, 2)
+    prefill = Engine(engine_config(model, 1, "kv_producer"), 2)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), Model(2, dtype="float16"))
+    with running(prefill, decode):
+        prefill.layer(0, 1).view(torch.bfloat16)[3, 1, 5, 1, 7] = 1e5
+        params = prefilled(prefill, "p", 33, [5, 3])
+        admit(decode, "d", 33, [7, 8], params)
+        output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert output.failed_recving == {"d"}
+    assert "has numbers too large for torch.float16; start both engines with the same" in caplog_vllm.text

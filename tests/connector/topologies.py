@@ -74,6 +74,8 @@ class Side:
     """Into how many blocks of its own attention cuts a block of the scheduler."""
     layers_per_stage: tuple[int, ...] = (LAYERS,)
     """How the model's three layers are split among pipeline stages."""
+    dtype: str = "bfloat16"
+    """Element type of the cache."""
 
     @property
     def page_size(self) -> int:
@@ -83,7 +85,8 @@ class Side:
         num_stages = len(self.layers_per_stage)
         stages = f" PP {num_stages} {self.layers_per_stage}" if num_stages > 1 else ""
         pages = f" in {self.pages_per_block} pages" if self.pages_per_block > 1 else ""
-        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}"
+        dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{dtype}"
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,11 @@ TABLE = (
     Pair(Side(1), Side(4), Model(4, draft_heads=8)),
     Pair(Side(1, layers_per_stage=(2, 1)), Side(2, layers_per_stage=(1, 2)), Model(4, draft_heads=4)),
     Pair(Side(2), Side(4), Model(1, latent=True, draft_heads=1)),
+    # Element types that are converted: with heads regrouped, row by row, between pages of other sizes.
+    Pair(Side(1, dtype="float16"), Side(1), 4),
+    Pair(Side(2), Side(1, dtype="float16"), 4),
+    Pair(Side(2, 32, dtype="float16"), Side(4, 16), HYBRID),
+    Pair(Side(1), Side(2, 64, dtype="float16"), LATENT),
 )
 
 

@@ -261,25 +261,32 @@ def test_forms_of_the_cache(form: str) -> None:
     assert_near(out, expected(sequences, causal, 0.3)[0])
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [
+        pytest.param(Heads(4, 2, 32, 16), id="grouped heads"),
+        pytest.param(Heads(4, 4, 192, 128), id="the heads of latent attention's prefill"),
+    ],
+)
 @pytest.mark.parametrize(("sparse_mode", "visible"), [(0, everything), (3, causal)])
-def test_packed_keys_without_a_cache(sparse_mode: int, visible: Visible) -> None:
+def test_packed_keys_without_a_cache(sparse_mode: int, visible: Visible, heads: Heads) -> None:
     """Lengths of keys are cumulative here, unlike with a block table."""
-    sequences = batch([3, 1, 6], [3, 9, 8], Heads(4, 2, 32, 16), torch.bfloat16)
+    sequences = batch([3, 1, 6], [3, 9, 8], heads, torch.bfloat16)
     out, lse = torch_npu.npu_fused_infer_attention_score(
         torch.cat(sequences.queries).to("npu"),
         torch.cat(sequences.keys).to("npu"),
         torch.cat(sequences.values).to("npu"),
         actual_seq_lengths=[3, 4, 10],
         actual_seq_lengths_kv=[3, 12, 20],
-        num_heads=4,
-        num_key_value_heads=2,
-        scale=0.3,
+        num_heads=heads.query,
+        num_key_value_heads=heads.kv,
+        scale=0.1,
         input_layout="TND",
         sparse_mode=sparse_mode,
         atten_mask=compressed_mask() if sparse_mode else None,
         softmax_lse_flag=True,
     )
-    expected_out, expected_lse = expected(sequences, visible, 0.3)
+    expected_out, expected_lse = expected(sequences, visible, 0.1)
     assert_near(out, expected_out)
     assert_near(lse, expected_lse)
 

@@ -43,7 +43,7 @@ def test_casts_that_torch_npu_calls() -> None:
 def test_float32_where_it_is_allowed() -> None:
     """The tables of the operators on a KV cache once more, with float32 in them."""
     here = Path(__file__).parent
-    files = [here / "test_operators_attention.py", here / "test_operators_cache.py"]
+    files = [here / f"test_operators_{family}.py" for family in ("attention", "cache", "latent")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "float32", *map(str, files)],
         env=os.environ | {"ASCEND_EMULATOR_ALLOW_FP32": "1"},

@@ -26,6 +26,8 @@ class Family:
     """What is particular about it, for the table in docs/models.md."""
     spread: tuple[str, ...] = ()
     """Ways over two NPUs that are compared too; keys of SPREADS."""
+    times: int = 1
+    """How often its prompts are asked; from the second time on their prefixes are cached."""
 
 
 SPREADS = {
@@ -33,6 +35,22 @@ SPREADS = {
     "EP 2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
 """Options of vLLM for each way to use two NPUs."""
+
+_LATENT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+}
+"""Heads and latents of the sizes that all DeepSeek models have."""
 
 FAMILIES = {
     "MixtralForCausalLM": Family(
@@ -124,6 +142,53 @@ FAMILIES = {
         ),
         "DeepSeek-V3's choice: sigmoid, bias, groups, scale; shared experts; partial rotary",
         ("TP 2", "EP 2"),
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        Tiny(
+            "DeepseekV2Config",
+            16,
+            _LATENT
+            | {
+                "q_lora_rank": None,
+                "topk_method": "greedy",
+                "n_group": 1,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "norm_topk_prob": False,
+                "routed_scaling_factor": 1.0,
+            },
+        ),
+        "latent attention (MLA), its prefixes cached or not",
+        ("TP 2",),
+        times=2,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        Tiny(
+            "DeepseekV3Config",
+            None,
+            _LATENT
+            | {
+                "q_lora_rank": 96,
+                "n_group": 2,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+                "num_nextn_predict_layers": 0,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "original_max_position_embeddings": 128,
+                },
+            },
+        ),
+        "latent queries too; rotary stretched by YaRN",
+        ("TP 2",),
     ),
 }
 

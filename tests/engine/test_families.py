@@ -43,11 +43,11 @@ def references(folders: dict[str, Path]) -> dict[str, Reference]:
 def answers(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], list[Answer]]:
-    """By architecture and setup; one process starts one engine after the other."""
+    """By architecture and setup, one time after the other; one process starts all engines in turn."""
     jobs = [
         job(
             folders[name],
-            [PROMPTS],
+            [PROMPTS] * FAMILIES[name].times,
             NUM_NEW_TOKENS,
             dtype="float32",
             block_size=FAMILIES[name].tiny.block_size,
@@ -56,7 +56,10 @@ def answers(
         for name, setup in SETUPS
     ]
     results = run(jobs, tmp_path_factory.mktemp("families"), ON_EMULATOR_WITH_FLOAT32)
-    return {setup: answers for setup, (answers,) in zip(SETUPS, results, strict=True)}
+    return {
+        setup: [answer for answers in batches for answer in answers]
+        for setup, batches in zip(SETUPS, results, strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -71,7 +74,8 @@ def test_references_wander_and_differ(name: str, references: dict[str, Reference
 def test_greedy_tokens_are_those_of_transformers(
     name: str, setup: str, references: dict[str, Reference], answers: dict[tuple[str, str], list[Answer]]
 ) -> None:
-    assert [answer.tokens for answer in answers[name, setup]] == references[name].tokens
+    expected = references[name].tokens * FAMILIES[name].times
+    assert [answer.tokens for answer in answers[name, setup]] == expected
 
 
 @pytest.mark.parametrize(("name", "setup"), SETUPS)
@@ -79,4 +83,18 @@ def test_log_probabilities_are_those_of_transformers(
     name: str, setup: str, references: dict[str, Reference], answers: dict[tuple[str, str], list[Answer]]
 ) -> None:
     given = torch.tensor([answer.log_probabilities for answer in answers[name, setup]])
-    assert (given - references[name].log_probabilities).abs().max() <= LOG_PROBABILITY_TOLERANCE
+    expected = references[name].log_probabilities.repeat(FAMILIES[name].times, 1)
+    assert (given - expected).abs().max() <= LOG_PROBABILITY_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "setup"), [(name, setup) for name, setup in SETUPS if FAMILIES[name].times > 1]
+)
+def test_prefixes_are_cached_the_second_time(
+    name: str, setup: str, answers: dict[tuple[str, str], list[Answer]]
+) -> None:
+    size = FAMILIES[name].tiny.block_size
+    assert size is not None
+    whole_blocks = [(len(prompt) - 1) // size * size for prompt in PROMPTS]
+    cached = [answer.num_cached_tokens for answer in answers[name, setup]]
+    assert cached == [0] * len(PROMPTS) + whole_blocks

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's attention selector asks before it takes this backend: types, sizes, layouts.
+"""What vLLM's attention selector asks before it takes one of the backends: types, sizes, layouts.
+
+There are two: grouped heads, and latents (MLA). Which one a layer gets is NPUPlatform's answer.
 
 A feature that is not listed here (ALiBi, encoders, FP8 caches) is refused by name: by the
 selector, or by the implementation where the selector does not ask.
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from vllm_ascend.attention.grouped import GroupedAttention
+    from vllm_ascend.attention.latent import LatentAttention
+    from vllm_ascend.attention.latent_metadata import LatentMetadataBuilder
     from vllm_ascend.attention.metadata import GroupedAttentionMetadataBuilder
 
 PREFERRED_BLOCK_SIZE = 128
@@ -26,19 +30,53 @@ MAX_BLOCK_SIZE = 1024
 MAX_HEAD_SIZE = 512
 BLOCK_SIZE_STEP = HEAD_SIZE_STEP = 16
 
+MAX_LATENT_BLOCK_SIZE = 128
+MAX_LATENT_ROW_SIZE = 576
+"""Elements of a latent and its rotated part, as DeepSeek-V2 and V3 have them (512 + 64)."""
 
-class GroupedAttentionBackend(AttentionBackend):
-    """Multi-head and grouped-query attention over paged KV; CUSTOM in vLLM's registry of backends."""
 
+class _PagedBackend(AttentionBackend):
+    """What holds for both; CUSTOM in vLLM's registry of backends."""
+
+    max_block_size: ClassVar[int]
+    max_head_size: ClassVar[int]
     # The device has the last word on float32: NPUPlatform.check_if_supports_dtype.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
-    # The store needs slots as its operators count them, which the metadata has.
-    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_STEP)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or (block_size % BLOCK_SIZE_STEP == 0 and block_size <= cls.max_block_size)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return PREFERRED_BLOCK_SIZE
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % HEAD_SIZE_STEP == 0 and head_size <= cls.max_head_size
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
+        return (KVCacheLayout.LBHNC,)
+
+
+class GroupedAttentionBackend(_PagedBackend):
+    """Multi-head and grouped-query attention over paged KV."""
+
+    max_block_size = MAX_BLOCK_SIZE
+    max_head_size = MAX_HEAD_SIZE
+    # The store needs slots as its operators count them, which the metadata has.
+    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_impl_cls() -> type[GroupedAttention]:
@@ -52,22 +90,6 @@ class GroupedAttentionBackend(AttentionBackend):
 
         return GroupedAttentionMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        return [MultipleOf(BLOCK_SIZE_STEP)]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or (block_size % BLOCK_SIZE_STEP == 0 and block_size <= MAX_BLOCK_SIZE)
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return PREFERRED_BLOCK_SIZE
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return head_size % HEAD_SIZE_STEP == 0 and head_size <= MAX_HEAD_SIZE
-
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
@@ -76,7 +98,25 @@ class GroupedAttentionBackend(AttentionBackend):
     def supports_sink(cls) -> bool:
         return True
 
+
+class LatentAttentionBackend(_PagedBackend):
+    """Latent attention (MLA) over paged rows of a latent and its rotated part."""
+
+    max_block_size = MAX_LATENT_BLOCK_SIZE
+    max_head_size = MAX_LATENT_ROW_SIZE
+
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
-        return (KVCacheLayout.LBHNC,)
+    def is_mla(cls) -> bool:
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentAttention]:
+        from vllm_ascend.attention.latent import LatentAttention
+
+        return LatentAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        from vllm_ascend.attention.latent_metadata import LatentMetadataBuilder
+
+        return LatentMetadataBuilder

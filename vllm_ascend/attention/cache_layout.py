@@ -23,6 +23,8 @@ the rotated part of the key, side by side. To this file that is one head whose p
 
     page b  =  [ block_size, latent + rotated part ]
 
+There is nothing to shift, so vLLM's own block table and slots serve.
+
 vLLM describes a layer as a view [num_blocks, heads, block_size, content], where content is K and V of
 one token and head. Of that view this plugin keeps the pages and ignores the order inside a page.
 """
@@ -46,6 +48,9 @@ OPERATOR_ROW_BYTES = 32
 
 HALVES = 2
 """A page has two halves: K, then V."""
+
+CONVERTIBLE = frozenset({"float16", "bfloat16"})
+"""Element types of one size, so that one can be made another where it lies."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class PageLayout:
         """A page of the same elements, for other numbers of tokens and heads."""
         return replace(self, block_size=block_size, num_heads=num_heads)
 
+    def rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens in `slots` as rows of the layer, counted from page 0, as [plane, slot]."""
+        return self.row_offsets(slots) // self.row_bytes
+
     def row_offsets(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where the tokens in `slots` begin, in bytes from page 0, as [plane, slot].
 
@@ -101,6 +110,11 @@ class PageLayout:
         planes = np.arange(self.planes, dtype=np.int64) * self.plane_bytes
         offsets: npt.NDArray[np.int64] = np.add.outer(planes, page * self.page_bytes + token * self.row_bytes)
         return offsets
+
+
+def can_convert(there: str, here: str) -> bool:
+    """Whether a page with elements `there` can be made one with elements `here`, where it lies."""
+    return there == here or {there, here} <= CONVERTIBLE
 
 
 def page_layout(kv_cache: torch.Tensor, planes: int = HALVES) -> PageLayout:
@@ -126,6 +140,21 @@ def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, 
     num_blocks, num_heads, block_size, content = kv_cache.shape
     halves = kv_cache.view(HALVES * num_blocks * shares, block_size, num_heads // shares, content // HALVES)
     return halves[:-1], halves[1:]
+
+
+def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A layer of latents as operators take it: [num_blocks, block_size, 1, size], the same memory.
+
+    `kv_cache` is what vLLM's latent layer holds, [num_blocks, block_size, size]. Raises ValueError if it is
+    not a row of whole pages.
+    """
+    if kv_cache.dim() != 3 or not kv_cache.is_contiguous():
+        raise ValueError(
+            f"a layer's latents must be a contiguous view [num_blocks, block_size, size], which they are in "
+            f"vLLM's layout LBHNC; got strides {list(kv_cache.stride())} for shape {list(kv_cache.shape)}: "
+            f"unset VLLM_KV_CACHE_LAYOUT"
+        )
+    return kv_cache.unsqueeze(2)
 
 
 def operator_block(block: Block) -> Block:

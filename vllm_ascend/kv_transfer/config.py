@@ -48,6 +48,8 @@ class Options:
     """Decode: how many requests a rank reads at the same time."""
     peer_timeout_s: float = 5.0
     """Decode: how long to wait for a prefill engine's answer."""
+    verify: bool = False
+    """Check every load against checksums of what prefill computed; must be set on both sides."""
     peer_networks: tuple[Network, ...] = ()
     """Where peers may be, on either side; none listed: anywhere."""
     prefill: Sizes = Sizes()
@@ -62,6 +64,7 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
         "lease_s": _positive_seconds,
         "reader_threads": _thread_count,
         "peer_timeout_s": _positive_seconds,
+        "verify": _flag,
         "peer_networks": _networks,
         "prefill": _sizes,
         "decode": _sizes,
@@ -215,6 +218,12 @@ def _positive_seconds(key: str, value: Any) -> float:
 def _thread_count(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
         raise ConfigError(f"{key} must be an integer from 1 to 64, got {value!r}")
+    return value
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, got {value!r}")
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs as vllm_envs
@@ -23,10 +23,20 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_ascend.kv_transfer.config import check_cache, options_of
 from vllm_ascend.kv_transfer.local import Rank, local_cache, windows_of
-from vllm_ascend.kv_transfer.messages import BlockSizes, CacheDescription, Engine, Parallel, Pull, RankRegions
+from vllm_ascend.kv_transfer.messages import (
+    BlockSizes,
+    CacheDescription,
+    Engine,
+    Parallel,
+    Pull,
+    RankRegions,
+    ToSum,
+)
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
 from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
+from vllm_ascend.kv_transfer.sums import LayerSums
+from vllm_ascend.kv_transfer.transport import Transport
 from vllm_ascend.kv_transfer.trust import trust_of
 from vllm_ascend.kv_transfer.worker import Loaded, WorkerHalf
 
@@ -54,20 +64,26 @@ class Step(KVConnectorMetadata):
     pulls: tuple[Pull, ...]
     freed: frozenset[str]
     """Prefilled requests whose blocks may be freed."""
+    to_sum: tuple[ToSum, ...]
+    """Prefilled requests whose checksums decode may ask for."""
 
 
 @dataclass
 class Numbers(KVConnectorWorkerMetadata):
-    """Worker halves to scheduler half: what loads cost, by request."""
+    """Worker halves to scheduler half: what loads cost, and checksums, by request."""
 
     by_request: dict[str, TransferNumbers]
+    sums: dict[str, tuple[LayerSums, ...]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Numbers:
         assert isinstance(other, Numbers)
         merged = dict(self.by_request)
         for request_id, numbers in other.by_request.items():
             merged[request_id] = merged[request_id].merged(numbers) if request_id in merged else numbers
-        return Numbers(merged)
+        sums = dict(self.sums)
+        for request_id, layers in other.sums.items():
+            sums[request_id] = sums.get(request_id, ()) + layers
+        return Numbers(merged, sums)
 
 
 @dataclass
@@ -100,6 +116,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._pace = Pace()
         self._stats = TransferStats()
         self._numbers: dict[str, TransferNumbers] = {}
+        self._sums: dict[str, tuple[LayerSums, ...]] = {}
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
             self._decode = (
@@ -110,9 +127,14 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             # Started here, so that a missing library ends the engine before its cache is allocated.
             self._protocol = self._options.protocol or default_protocol()
-            self._transport = MooncakeTransport(vllm_envs.VLLM_HOST_IP or self._host, self._protocol)
+            self._transport = self.start_transport(vllm_envs.VLLM_HOST_IP or self._host, self._protocol)
 
     # Worker half
+
+    @classmethod
+    def start_transport(cls, host: str, protocol: str) -> Transport:
+        """What moves bytes for this rank. Raises ConfigError if it cannot."""
+        return MooncakeTransport(host, protocol)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         parallel = self._vllm_config.parallel_config
@@ -139,6 +161,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # Any: as vLLM has it
         assert self._worker is not None
         self._worker.start(self._step().pulls)
+        for to_sum in self._step().to_sum:
+            self._sums[to_sum.request_id] = self._worker.sum_up(to_sum)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         assert self._worker is not None
@@ -151,14 +175,18 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 # By request, not by block: vLLM takes block ids of models with one cache group only.
                 results.failed_recving.add(result.request_id)
-                self._stats.add_failure()
+                self._stats.add_failure(result.kind)
         return results
 
     def build_connector_worker_meta(self) -> Numbers | None:
-        numbers, self._numbers = self._numbers, {}
-        return Numbers(numbers) if numbers else None
+        report = Numbers(self._numbers, self._sums)
+        self._numbers, self._sums = {}, {}
+        return report if report.by_request or report.sums else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        for side in (self._prefill, self._decode):
+            if side is not None:
+                side.report(self._stats)
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, TransferStats()
@@ -199,6 +227,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
                     pp_size=parallel.pipeline_parallel_size,
                     dp_size=parallel.data_parallel_size,
                 ),
+                verifies=self._options.verify,
                 ranks=tuple(rank.regions for rank in ranks),
             )
         )
@@ -228,13 +257,17 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         return Step(
             pulls=self._decode.take_pulls() if self._decode is not None else (),
             freed=self._prefill.take_freed() if self._prefill is not None else frozenset(),
+            to_sum=self._prefill.take_to_sum() if self._prefill is not None else (),
         )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._prefill is not None and isinstance(report, Numbers):
+            self._prefill.add_sums(report.sums)
         if self._decode is None:
             return
-        if isinstance(connector_output.kv_connector_worker_meta, Numbers):
-            self._decode.add_numbers(connector_output.kv_connector_worker_meta.by_request)
+        if isinstance(report, Numbers):
+            self._decode.add_numbers(report.by_request)
         for request_id in connector_output.finished_recving or ():
             self._decode.loaded(request_id, failed=request_id in connector_output.failed_recving)
 
@@ -297,4 +330,5 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             tp_size=parallel.tensor_parallel_size,
             block_size=self._vllm_config.cache_config.block_size,
             trust=self._trust,
+            verify=self._options.verify,
         )

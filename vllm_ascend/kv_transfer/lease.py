@@ -16,6 +16,7 @@ seconds on the monotonic clock, given by the caller.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ class LeaseTable:
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
+        self._counts: Counter[str] = Counter()
         # Freed requests, with the readers that were done in time and the time at which to forget them.
         self._remembered: dict[str, tuple[frozenset[str], float]] = {}
 
@@ -59,6 +61,7 @@ class LeaseTable:
         """Hold the blocks of `request_id` until `seconds` after the last renewal."""
         with self._lock:
             self._leases[request_id] = _Lease(seconds, now_s + seconds)
+            self._counts["leases_granted"] += 1
             self._remembered.pop(request_id, None)
 
     def renew(self, request_ids: Iterable[str], now_s: float) -> list[str]:
@@ -71,6 +74,7 @@ class LeaseTable:
                     lost.append(request_id)
                 else:
                     lease.ends_at_s = now_s + lease.seconds
+                    self._counts["leases_renewed"] += 1
         return lost
 
     def done(self, request_id: str, reader: str, num_readers: int) -> bool:
@@ -105,6 +109,12 @@ class LeaseTable:
                 lambda: not self._leases or any(lease.released for lease in self._leases.values()), longest_s
             )
 
+    def take_counts(self) -> dict[str, int]:
+        """How many leases were granted, renewed, read and expired since the last call, as metrics name it."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+            return dict(counts)
+
     def take_freed(self, now_s: float) -> Freed:
         """Remove and return the leases that were released or have ended. The caller frees their blocks."""
         with self._lock:
@@ -113,6 +123,7 @@ class LeaseTable:
             for request_id in read | ended:
                 lease = self._leases.pop(request_id)
                 self._remembered[request_id] = (frozenset(lease.done), now_s + REMEMBERED_S)
+            self._counts.update(leases_read=len(read), leases_expired=len(ended - read))
             self._forget(now_s)
         return Freed(frozenset(read), frozenset(ended - read))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     KVCacheSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
@@ -49,6 +50,11 @@ class Rank:
     pp_size: int
     reader: str
     """How it signs when it reads: unique among all readers of a prefill engine."""
+
+    @property
+    def place(self) -> int:
+        """The rank's place among all of its engine, which counts stage by stage."""
+        return self.pp_rank * self.tp_size + self.tp_rank
 
     @property
     def num_readers(self) -> int:
@@ -132,10 +138,14 @@ def local_cache(
     ]
     description = CacheDescription(
         model=str(model.served_model_name),
+        # transformers notes the commit where it downloaded the files, and has no public name for it.
+        revision=getattr(model.hf_config, "_commit_hash", None) or model.revision,
         architecture=model.architecture,
         num_layers=model.get_total_num_hidden_layers(),
         hidden_size=model.get_hidden_size(),
         vocab_size=model.get_vocab_size(),
+        dtype=_name(model.dtype),
+        quantization=model.quantization or "none",
         windows=windows_of(kv_cache_config),
     )
     page_sizes = {stack.memory.page.block_size for stack in stacks}
@@ -167,11 +177,13 @@ def _stacks_of(
     alike: dict[tuple[LayerKind, PageLayout], list[str]] = {}
     for name in group.layer_names:
         spec = _spec_of(name, group)
+        assert isinstance(spec, AttentionSpec)
         page = page_layout(_as_pages(kv_caches[name]), planes=1 if _is_latent(spec) else HALVES)
         kind = LayerKind(
             num_kv_heads=1 if _is_latent(spec) else _num_kv_heads(name, page, vllm_config, rank),
             head_size=page.head_size,
-            cache_dtype=str(kv_caches[name].dtype).removeprefix("torch."),
+            cache_dtype=_name(kv_caches[name].dtype),
+            quantization=spec.kv_quant_mode.name.lower(),
             layout=page.name,
         )
         alike.setdefault((kind, page), []).append(name)
@@ -190,6 +202,10 @@ def _spec_of(name: str, group: KVCacheGroupSpec) -> KVCacheSpec:
 
 def _is_latent(spec: KVCacheSpec) -> bool:
     return isinstance(spec, MLAAttentionSpec)
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _as_pages(kv_cache: torch.Tensor) -> torch.Tensor:

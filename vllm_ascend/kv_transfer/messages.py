@@ -19,7 +19,7 @@ from vllm_ascend.errors import WireError
 WIRE_VERSION = 2
 # 1: first version; one KV cache group, regions per layer
 # 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
-#    KV cache group and kind of layer, with the heads that the rank stores; windows
+#    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
 
 T = TypeVar("T")
 
@@ -42,16 +42,22 @@ RequestIds = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
 
 
 class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What two engines must agree on before one can use the other's KV."""
+    """What two engines must agree on before one can use the other's KV. Not among it: vLLM's version."""
 
     model: str
     """The name under which the model is served."""
+    revision: str | None
+    """The commit of the model's files, or the revision that was asked for; None: a folder does not tell."""
     architecture: str
     """The model class, such as LlamaForCausalLM."""
     num_layers: int
     """Layers of the whole model, over all pipeline stages, without those of a draft model."""
     hidden_size: int
     vocab_size: int
+    dtype: Name
+    """Element type of the model's computation, such as bfloat16."""
+    quantization: Name
+    """How the weights are quantised, or none."""
     windows: tuple[int | None, ...]
     """For each KV cache group, the tokens of its sliding window; None: its layers see all tokens."""
 
@@ -65,6 +71,8 @@ class LayerKind(msgspec.Struct, frozen=True, kw_only=True):
     """Elements of K of one token and head, or of a token's latent row."""
     cache_dtype: Name
     """Element type of the KV cache, such as bfloat16."""
+    quantization: Name
+    """How the KV cache is quantised, or none."""
     layout: Name
     """Order of bytes in a page; see attention/cache_layout.py."""
 
@@ -126,6 +134,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache: CacheDescription
     blocks: BlockSizes
     parallel: Parallel
+    verifies: bool
+    """Whether it sums the KV of finished requests, so that decode can check what it read."""
     ranks: Annotated[tuple[RankRegions, ...], msgspec.Meta(max_length=65536)]
 
 
@@ -169,6 +179,31 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Released(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The blocks are free, now or before."""
+
+
+class AskSums(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The checksums of a layer of one request's KV, as one rank has it; see checksum.py."""
+
+    engine_id: Name
+    request_id: Name
+    rank: Index
+    """The rank's place in `Engine.ranks`."""
+    layer: Name
+    first_unit: Index
+    num_units: Index
+
+
+class Sums(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The checksums asked for: of each of the rank's heads, those of the units."""
+
+    sums: bytes
+    """[heads, units], 64 bits each, little-endian."""
+    tokens: Index
+    """How many of the request's tokens were summed, from its first on."""
+
+
+class SumsPending(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The rank has not summed the request yet; ask again."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -225,8 +260,18 @@ class Pull:
     prompt_tokens: int
 
 
-Question = AskForEngine | Renew | Done | Release
-Answer = Engine | Renewed | DoneNoted | Released | Refused
+@dataclass(frozen=True)
+class ToSum:
+    """A finished request whose KV every rank's worker half is to sum."""
+
+    request_id: str
+    blocks: tuple[tuple[int, ...], ...]
+    """For each KV cache group, in token order."""
+    tokens: int
+
+
+Question = AskForEngine | Renew | Done | Release | AskSums
+Answer = Engine | Renewed | DoneNoted | Released | Sums | SumsPending | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
@@ -249,11 +294,12 @@ def decode_answer(frames: list[bytes]) -> Answer:
 
 
 def differences(there: CacheDescription | LayerKind, here: CacheDescription | LayerKind) -> list[str]:
-    """For each field in which the two differ, its name and both values."""
+    """For each field in which the two differ, its name and both values; None fits whatever there is."""
     return [
         f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
         for name in here.__struct_fields__
-        if getattr(there, name) != getattr(here, name)
+        if None not in (getattr(there, name), getattr(here, name))
+        and getattr(there, name) != getattr(here, name)
     ]
 
 

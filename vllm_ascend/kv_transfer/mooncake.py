@@ -7,16 +7,27 @@ failure by codes; here they become exceptions.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_ascend.errors import ConfigError, ReadFailed
+from vllm_ascend.errors import ConfigError, ReadUnsettled
 from vllm_ascend.kv_transfer.transport import Copies, Region, Session
 
 _MOST_PER_BATCH = 1024
 """Ranges in one batch. Over TCP 2,048 went through and 4,096 failed, whole batches at a time."""
+
+_TIMEOUT_S = 30
+"""How long the engine waits for a batch, unless MC_TRANSFER_TIMEOUT says otherwise."""
+
+_SETTLE_AFTER_ERROR_S = 1.0
+"""An error of one range ends the wait for a batch; connections that broke end the others soon after."""
+
+_SETTLE_AFTER_TIMEOUT_S = 60.0
+"""A batch that timed out goes on, and cannot be cancelled: a peer that froze may still send when it thaws."""
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -59,18 +70,25 @@ class MooncakeTransport:
 
     def read(self, peer: Session, copies: Copies) -> None:
         for batch in copies.batches(_MOST_PER_BATCH):
+            started_s = time.monotonic()
             code = self._engine.batch_transfer_sync_read(
                 peer, batch.local.tolist(), batch.remote.tolist(), batch.num_bytes.tolist()
             )
             if code != 0:
-                raise ReadFailed(
+                seconds = time.monotonic() - started_s
+                raise ReadUnsettled(
                     f"Mooncake's transfer engine returned {code} for {len(batch)} ranges, "
-                    f"{batch.total_bytes} bytes, from {peer}"
+                    f"{batch.total_bytes} bytes, from {peer} after {seconds:.3g} s",
+                    _SETTLE_AFTER_TIMEOUT_S if seconds >= _timeout_s() else _SETTLE_AFTER_ERROR_S,
                 )
 
     def close(self) -> None:
         while self._registered:
             self._engine.unregister_memory(self._registered.pop().address)
+
+
+def _timeout_s() -> float:
+    return float(os.environ.get("MC_TRANSFER_TIMEOUT", _TIMEOUT_S))
 
 
 def _engine_class() -> Any:  # Any: Mooncake's extension module has no types

@@ -12,6 +12,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
+from vllm_ascend.attention.cache_layout import can_convert
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack
@@ -28,6 +31,8 @@ class StackPlans:
     plans: tuple[PairPlan, ...]
     """One for each turn among prefill ranks that store the same heads."""
     turn: itertools.count[int]
+    convert_from: str | None
+    """Element type of what is read, where it is not this rank's."""
 
     def next_plan(self) -> PairPlan:
         """The plans in turn, so that ranks with the same heads are read equally often."""
@@ -79,11 +84,13 @@ def _check_same(peer: Engine, local: LocalCache) -> None:
         for theirs, layer in _in_common(rank, stack)
     }
     for (there, here), layer in of_layers.items():
+        if can_convert(there.cache_dtype, here.cache_dtype):
+            there = msgspec.structs.replace(there, cache_dtype=here.cache_dtype)
         fields += [f"{field} in layer {layer}" for field in differences(there, here)]
     if fields:
         raise TopologyError(
             f"prefill engine {peer.engine_id} cannot feed this engine: {'; '.join(fields)}; "
-            f"start both with the same model, --dtype and --kv-cache-dtype"
+            f"start both with the same model, --revision, --dtype, --quantization and --kv-cache-dtype"
         )
 
 
@@ -108,7 +115,19 @@ def _plans(stack: Stack, peer: Engine, own: Rank) -> StackPlans:
     return StackPlans(
         plans=tuple(plan_pair(stack.memory, ranks, turn) for turn in range(turns)),
         turn=turns_of(own.tp_rank, own.tp_size, stack.kind.num_kv_heads),
+        convert_from=_other_dtype(stack, peer),
     )
+
+
+def _other_dtype(stack: Stack, peer: Engine) -> str | None:
+    found = {theirs.kind.cache_dtype for rank in peer.ranks for theirs, _ in _in_common(rank, stack)}
+    if len(found) > 1:
+        raise TopologyError(
+            f"prefill engine {peer.engine_id} keeps layers that are alike here in {', '.join(found)}; "
+            f"start all its ranks with the same options"
+        )
+    dtype = found.pop()
+    return dtype if dtype != stack.kind.cache_dtype else None
 
 
 def _memory_of(rank: RankRegions, stack: Stack, peer: Engine) -> RankMemory:

@@ -170,8 +170,9 @@ def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None
     wanted_start = np.add.outer(bases, offset).reshape(-1)
     wanted_stop = wanted_start + np.tile(num_bytes, len(bases))
 
-    order = np.argsort(np.concatenate([part.local for part in copies]), kind="stable")
-    start = np.concatenate([part.local for part in copies])[order]
+    start = np.concatenate([part.local for part in copies])
+    order = np.argsort(start, kind="stable")
+    start = start[order]
     stop = start + np.concatenate([part.num_bytes for part in copies])[order]
     holder = np.searchsorted(wanted_start, start, side="right") - 1
     inside = (holder >= 0) & (stop > start) & (stop <= wanted_stop[holder])

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of several sources into one block: load, transpose, store.
+"""What is done to pages after a read: heads of several sources into one block, elements of another type.
 
 After a read from S sources a run of blocks holds S shares, each of them whole pages of fewer heads (see
 `plan`). Attention wants every head of a token side by side. The pages of all shares are loaded as packed rows
 [block, share, token, head, dim], transposed to [block, token, share, head, dim] and stored back, with
-torch_npu's own paged operators. A run is loaded whole before any of it is stored.
+torch_npu's own paged operators. A run is loaded whole before any of it is stored. Only bits move, so element
+types that the operators do not take are shown to them as ones that they do.
 
-Only bits move, so element types that the operators do not take are shown to them as ones that they do.
+Elements of another type, of the same size, arrive as bits of that type and are converted where they lie.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy.typing as npt
 import torch
 import torch_npu
 
-from vllm_ascend.attention.cache_layout import HALVES, operator_block, split_pages
+from vllm_ascend.attention.cache_layout import HALVES, PageLayout, operator_block, split_pages
+from vllm_ascend.errors import ReadFailed
 
 Ints = npt.NDArray[np.int64]
 
@@ -27,10 +29,11 @@ LONGEST_RUN = 64
 
 
 class Regroup:
-    """One KV cache group's regroup step, on a stream of its own. All but `fence` is for reader threads."""
+    """Work on the layers of one stack, on a stream of its own. All but `fence` is for reader threads."""
 
     def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
-        """`kv_caches` are vLLM's views [num_blocks, heads, block_size, 2 * head_size], all layers alike."""
+        """`kv_caches` are vLLM's views [num_blocks, heads, block_size, content], all layers alike."""
+        self._kv_caches = kv_caches
         self._layers = [_movable(kv_cache) for kv_cache in kv_caches]
         self._device = kv_caches[0].device
         self._stream = torch_npu.npu.Stream(device=self._device)
@@ -54,6 +57,26 @@ class Regroup:
             for part in _whole_runs(run_lengths):
                 self._regroup(local_blocks[part], positions[part])
             self._stream.synchronize()
+
+    def convert(self, page: PageLayout, slots: Ints, cache_dtype: str) -> None:
+        """Make the tokens in `slots`, which were read as elements of `cache_dtype`, elements of this cache.
+
+        Returns when the device is done. Raises ReadFailed if a number is too large for this cache.
+        """
+        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
+            rows = torch.from_numpy(page.rows(slots).reshape(-1)).to(self._device)
+            fits = torch.ones((), dtype=torch.bool, device=self._device)
+            for kv_cache in self._kv_caches:
+                here = kv_cache.view(-1, page.num_heads * page.head_size)
+                there = here.view(getattr(torch, cache_dtype)).index_select(0, rows)
+                converted = there.to(here.dtype)
+                fits &= (converted.isfinite() == there.isfinite()).all()
+                here.index_copy_(0, rows, converted)
+            if not fits.item():
+                raise ReadFailed(
+                    f"KV was computed in {cache_dtype} and has numbers too large for {kv_cache.dtype}; "
+                    f"start both engines with the same --kv-cache-dtype"
+                )
 
     def _regroup(self, local_blocks: Ints, positions: Ints) -> None:
         num_blocks, shares = positions.shape

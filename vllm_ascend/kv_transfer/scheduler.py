@@ -25,6 +25,7 @@ from vllm_ascend.kv_transfer.lease import LeaseTable
 from vllm_ascend.kv_transfer.messages import (
     Answer,
     AskForEngine,
+    AskSums,
     Done,
     DoneNoted,
     Engine,
@@ -36,8 +37,10 @@ from vllm_ascend.kv_transfer.messages import (
     RemotePrefill,
     Renew,
     Renewed,
+    ToSum,
 )
-from vllm_ascend.kv_transfer.metrics import TransferNumbers, nothing_moved
+from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
+from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
 
@@ -86,6 +89,7 @@ class PrefillSide:
         tp_size: int,
         block_size: int,
         trust: Trust,
+        verify: bool,
     ) -> None:
         """Bind the listener. Raises ConfigError if its address is taken or not of this machine."""
         # A restarted engine may get the same id and port; its predecessor's regions must not be read.
@@ -93,7 +97,12 @@ class PrefillSide:
         self._lease_s = lease_s
         self._tp_size = tp_size
         self._block_size = block_size
+        self._verify = verify
+        self._sums = SumTable()
+        self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
+        self._pinned: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
         self._listener = Listener(host, port, self._answer, trust)
         logger.info("KV listener of engine %s at %s:%d", self.engine_id, host, self._listener.port)
@@ -119,6 +128,15 @@ class PrefillSide:
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
             return False, None
         self._leases.grant(request.request_id, self._lease_s, time.monotonic())
+        self._pinned[request.request_id] = sum(
+            block != NULL_BLOCK for blocks in block_ids for block in blocks
+        )
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        if self._verify:
+            # The last prompt token is never of use to decode, which computes its KV itself.
+            useful = min(num_tokens, request.num_prompt_tokens - 1)
+            self._sums.expect(request.request_id, useful)
+            self._to_sum.append(ToSum(request.request_id, tuple(tuple(group) for group in block_ids), useful))
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -127,7 +145,7 @@ class PrefillSide:
             "remote_host": self._listener.host,
             "remote_port": self._listener.port,
             "remote_block_ids": [list(group) for group in block_ids],
-            "remote_num_tokens": min(request.num_computed_tokens, request.num_prompt_tokens),
+            "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
             "remote_lease_s": self._lease_s,
             "tp_size": self._tp_size,
@@ -142,7 +160,28 @@ class PrefillSide:
                 request_id,
                 self._lease_s,
             )
+        self._sums.drop(freed.read | freed.expired)
+        for request_id in freed.read | freed.expired:
+            del self._pinned[request_id]
         return freed.read | freed.expired
+
+    def take_to_sum(self) -> tuple[ToSum, ...]:
+        """Requests that the workers are to sum, since the last call."""
+        to_sum, self._to_sum = tuple(self._to_sum), []
+        return to_sum
+
+    def add_sums(self, found: Mapping[str, Sequence[LayerSums]]) -> None:
+        """What ranks report of requests that they have summed."""
+        for request_id, layers in found.items():
+            self._sums.add(request_id, layers)
+
+    def report(self, stats: TransferStats) -> None:
+        """Add what became of leases since the last call, and what is held now if that has changed."""
+        stats.count(**self._leases.take_counts())
+        levels = {"leases_held": len(self._pinned), "blocks_pinned": sum(self._pinned.values())}
+        if levels != self._reported:
+            self._reported = levels
+            stats.level(**levels)
 
     def rest(self, longest_s: float) -> None:
         """Pause until blocks may be freed, for `longest_s` at the most; not at all when none are held."""
@@ -169,6 +208,8 @@ class PrefillSide:
             case Release(request_ids=request_ids):
                 self._leases.release(request_ids)
                 return Released()
+            case AskSums():
+                return self._sums.answer(question)
             case _:
                 assert_never(question)
 
@@ -184,6 +225,7 @@ class DecodeSide:
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
+        self._num_declined = 0
         self._numbers: dict[str, TransferNumbers] = {}
         self._pulls: list[Pull] = []
 
@@ -193,10 +235,10 @@ class DecodeSide:
             remote = RemotePrefill.parse(request.kv_transfer_params or {})
             self._trust.check_host(remote.remote_host)
         except (WireError, PeerNotAdmitted) as error:
-            logger.warning("request %s is computed here: %s", request.request_id, error)
+            self._decline(request, error)
             return
         if complaint := self._unusable(request, remote):
-            logger.warning("request %s is computed here: %s", request.request_id, complaint)
+            self._decline(request, complaint)
             self._keeper.release(remote)
             return
         self._announced[request.request_id] = remote
@@ -269,9 +311,18 @@ class DecodeSide:
             return None
         return numbers.as_params()
 
+    def report(self, stats: TransferStats) -> None:
+        """Add what was declined since the last call."""
+        stats.count(declined=self._num_declined)
+        self._num_declined = 0
+
     def close(self) -> None:
         """End the keeper. May be called twice."""
         self._keeper.close()
+
+    def _decline(self, request: Request, reason: object) -> None:
+        logger.warning("request %s is computed here: %s", request.request_id, reason)
+        self._num_declined += 1
 
     def _useful_tokens(self, request: Request, remote: RemotePrefill) -> int:
         """Where the interval of prompt tokens ends whose KV is at the prefill engine and of use here.

@@ -76,7 +76,8 @@ class Transport(Protocol):
     def read(self, peer: Session, copies: Copies) -> None:
         """Return when all `copies` are local; raise ReadFailed, never return a code.
 
-        After ReadFailed the destinations hold anything. Safe to call from several threads.
+        After ReadFailed the destinations hold anything; after ReadUnsettled, which says how long, they may
+        still be written. Safe to call from several threads.
         """
         ...
 

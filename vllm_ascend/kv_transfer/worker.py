@@ -3,19 +3,30 @@
 
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
 question who the peer is to the word that it is done: plan, prove, wait until the blocks are idle, read,
-regroup, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the first for the second.
+regroup, verify if asked to, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the
+first for the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ascend.errors import KVTransferError, ReadFailed, TopologyError, WireError
+from vllm_ascend.errors import (
+    KVTransferError,
+    LeaseEnded,
+    ReadFailed,
+    ReadUnsettled,
+    TopologyError,
+    WireError,
+)
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
+from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
 from vllm_ascend.kv_transfer.local import LocalCache, Stack
@@ -27,15 +38,18 @@ from vllm_ascend.kv_transfer.messages import (
     Engine,
     Pull,
     RemotePrefill,
+    ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
-from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
+from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
+from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Copies, Transport
 from vllm_ascend.kv_transfer.trust import Trust
+from vllm_ascend.kv_transfer.verify import PeerSums, verify
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -54,17 +68,40 @@ class NotLoaded:
 
     request_id: str
     reason: str
+    kind: str
+    """One of metrics.FAILURES."""
+    usable_at_s: float
+    """When, on the monotonic clock, nothing writes these blocks any more."""
 
 
 @dataclass(frozen=True)
 class _StackRead:
     """What a pull reads of one stack's layers."""
 
+    stack: Stack
+    tokens: Span
     regroup: Regroup
     plan: PairPlan
     runs: Runs
     copies: list[tuple[int, Copies]]
     """For each source, its prefill rank and the ranges."""
+    convert_from: str | None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether something is left to do when the bytes are here."""
+        return self.plan.shares > 1 or self.convert_from is not None
+
+    def regroup_heads(self) -> None:
+        """Put the heads of several sources side by side."""
+        if self.plan.shares > 1:
+            pages = self.runs.in_pages(self.plan.local.page.block_size)
+            self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
+
+    def convert(self) -> None:
+        """Convert elements of another type. Raises ReadFailed for numbers that this cache cannot hold."""
+        if self.convert_from is not None:
+            self.regroup.convert(self.plan.local.page, self.runs.local(), self.convert_from)
 
 
 class WorkerHalf:
@@ -81,7 +118,10 @@ class WorkerHalf:
         self._regroups = [Regroup(stack.tensors) for stack in local.stacks]
         self._trust = trust
         self._lines = Lines(options.peer_timeout_s, trust)
+        self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
+        self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
+        self._unsettled: list[NotLoaded] = []
         transport.register(local.regions())
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
@@ -95,19 +135,41 @@ class WorkerHalf:
         for pull in pulls:
             self._readers.submit(partial(self._load, pull, fence, Stopwatch.started()))
 
+    def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
+        """This rank's checksums of a finished request, for decode to check what it reads."""
+        return tuple(found for stack in self._local.stacks for found in self._sum_stack(stack, to_sum))
+
     def take_results(self) -> list[Loaded | NotLoaded]:
-        """What has come of pulls since the last call."""
-        results = self._readers.take_finished()
-        for result in results:
+        """What has come of pulls since the last call.
+
+        Failed ones are told once their blocks can be used: vLLM recomputes into them, or gives them away.
+        """
+        results = []
+        for result in self._readers.take_finished():
             if isinstance(result, NotLoaded):
                 logger.warning("KV of request %s was not loaded: %s", result.request_id, result.reason)
-        return results
+                self._unsettled.append(result)
+            else:
+                results.append(result)
+        now_s = time.monotonic()
+        settled = [result for result in self._unsettled if result.usable_at_s <= now_s]
+        self._unsettled = [result for result in self._unsettled if result.usable_at_s > now_s]
+        return [*results, *settled]
 
     def close(self) -> None:
         """Wait for running reads, hang up, withdraw the cache. May be called twice."""
         self._readers.close()
         self._lines.close()
         self._transport.close()
+
+    def _sum_stack(self, stack: Stack, to_sum: ToSum) -> Iterator[LayerSums]:
+        tokens = tokens_seen(Span(0, to_sum.tokens), self._local.description.windows[stack.group])
+        units = units_of(tokens)
+        blocks = _blocks(to_sum.blocks[stack.group], self._local.blocks)
+        slots = blocks.slots(np.arange(units.start * UNIT_TOKENS, tokens.stop, dtype=np.int64))
+        for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
+            sums = layer_sums(layer, stack.memory.page, slots)
+            yield LayerSums(self._local.rank.place, name, units.start, sums)
 
     # From here on: reader threads.
 
@@ -116,16 +178,16 @@ class WorkerHalf:
         try:
             outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
         except KVTransferError as error:
-            outcome = NotLoaded(pull.request_id, str(error))
+            outcome = _not_loaded(pull, error)
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
         try:
             held = self._say_done(pull)
         except KVTransferError as error:
-            return NotLoaded(pull.request_id, str(error)) if isinstance(outcome, Loaded) else outcome
+            return _not_loaded(pull, error) if isinstance(outcome, Loaded) else outcome
         if isinstance(outcome, Loaded) and not held:
             engine_id = pull.remote.remote_engine_id
-            reason = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
-            return NotLoaded(pull.request_id, reason)
+            ended = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
+            return _not_loaded(pull, LeaseEnded(ended))
         return outcome
 
     def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
@@ -141,10 +203,15 @@ class WorkerHalf:
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
-        in_shares = [read for read in reads if read.plan.shares > 1]
-        for read in in_shares:
-            pages = read.runs.in_pages(read.plan.local.page.block_size)
-            read.regroup.run(pages.local(), share_positions(pages, read.plan.shares), pages.length)
+        for read in reads:
+            read.regroup_heads()
+        regroup_ms = clock.lap_ms()
+        if self._options.verify:
+            self._verify(pull, reads)
+            clock.lap_ms()
+        for read in reads:
+            read.convert()
+        regroup_ms += clock.lap_ms()
         return TransferNumbers(
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
@@ -154,21 +221,22 @@ class WorkerHalf:
             sources=tuple(sorted({rank for rank, _ in copies})),
             queue_ms=queue_ms,
             transfer_ms=transfer_ms,
-            regroup_ms=clock.lap_ms() if in_shares else 0.0,
+            regroup_ms=regroup_ms if any(read.is_raw for read in reads) else 0.0,
         )
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
         """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
         return [
-            self._plan_stack(stack, regroup, plans.next_plan(), pull, engine, tokens[stack.group])
+            self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
             for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
             if len(tokens[stack.group])
         ]
 
     def _plan_stack(
-        self, stack: Stack, regroup: Regroup, plan: PairPlan, pull: Pull, engine: PrefillEngine, tokens: Span
+        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, there: BlockSizes, tokens: Span
     ) -> _StackRead:
-        remote = _blocks(pull.remote.remote_block_ids[stack.group], engine.blocks)
+        plan = plans.next_plan()
+        remote = _blocks(pull.remote.remote_block_ids[stack.group], there)
         local = _blocks(pull.local_blocks[stack.group], self._local.blocks)
         for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
             if blocks.num_tokens < tokens.stop:
@@ -179,7 +247,14 @@ class WorkerHalf:
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(regroup, plan, runs, copies)
+        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
+
+    def _verify(self, pull: Pull, reads: Sequence[_StackRead]) -> None:
+        """Raise ReadFailed unless every stack holds what the prefill engine computed, in its element type."""
+        for read in reads:
+            blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
+            ask = partial(self._peer_sums.of, pull.remote, read.tokens)
+            verify(read.plan, read.stack.tensors, blocks, read.tokens, self._summer, ask)
 
     def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
         """How many blocks of this engine are to be written, of all groups.
@@ -227,6 +302,11 @@ class WorkerHalf:
             )
         for rank in peer.ranks:
             self._trust.check_host(rank.session.rpartition(":")[0])
+        if self._options.verify and not peer.verifies:
+            raise TopologyError(
+                f"this engine verifies and prefill engine {peer.engine_id} does not; set verify in "
+                f"kv_connector_extra_config of both or none"
+            )
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
         sizes = peer.parallel
         logger.info(
@@ -237,6 +317,11 @@ class WorkerHalf:
             sizes.dp_size,
         )
         return engine
+
+
+def _not_loaded(pull: Pull, error: KVTransferError) -> NotLoaded:
+    wait_s = error.may_write_for_s if isinstance(error, ReadUnsettled) else 0.0
+    return NotLoaded(pull.request_id, str(error), error.kind, time.monotonic() + wait_s)
 
 
 def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:

@@ -93,6 +93,7 @@ bool Register() {
   RegisterNorm(npu);
   RegisterRouting(npu);
   RegisterCache(atb);
+  RegisterLatent(npu, atb);
   RegisterRotary(npu, atb);
   npu.RefuseOthers();
   atb.RefuseOthers();

@@ -45,6 +45,7 @@ void RegisterAttention(Operators& npu);
 void RegisterCache(Operators& atb);
 void RegisterCast(Operators& npu);
 void RegisterGroupedMatmul(Operators& npu);
+void RegisterLatent(Operators& npu, Operators& atb);
 void RegisterNorm(Operators& npu);
 void RegisterRotary(Operators& npu, Operators& atb);
 void RegisterRouting(Operators& npu);

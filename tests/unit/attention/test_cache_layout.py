@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ascend.attention.cache_layout import PageLayout, operator_block, page_layout, split_pages
+from vllm_ascend.attention.cache_layout import (
+    PageLayout,
+    can_convert,
+    operator_block,
+    page_layout,
+    split_pages,
+)
 
 
 def test_sizes_of_a_page():
@@ -20,6 +26,35 @@ def test_offsets_of_tokens_are_those_of_k_then_those_of_v():
     page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
     # A page has 96 bytes: K of two tokens, 24 each, then V. Slot 5 is the second token of page 2.
     assert page.row_offsets(np.array([0, 1, 5])).tolist() == [[0, 24, 216], [48, 72, 264]]
+
+
+def test_a_page_of_latents_is_one_plane():
+    page = PageLayout(block_size=2, num_heads=1, head_size=6, itemsize_bytes=2, planes=1)
+    assert (page.row_bytes, page.page_bytes, page.name) == (12, 24, "latent")
+    # Slot 5 is the second token of page 2.
+    assert page.row_offsets(np.array([0, 1, 5])).tolist() == [[0, 12, 60]]
+    assert page_layout(torch.zeros(3, 1, 2, 6, dtype=torch.float16), planes=1) == page
+
+
+def test_rows_are_counted_over_k_and_v_of_all_pages():
+    page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
+    # Page 2 has the rows 8 and 9 of K, 10 and 11 of V.
+    assert page.rows(np.array([0, 5])).tolist() == [[0, 9], [2, 11]]
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "possible"),
+    [
+        ("bfloat16", "bfloat16", True),
+        ("float16", "bfloat16", True),
+        ("bfloat16", "float16", True),
+        ("float32", "float32", True),
+        ("float32", "bfloat16", False),
+        ("int8", "float16", False),
+    ],
+)
+def test_only_elements_of_one_size_are_converted(there, here, possible):
+    assert can_convert(there, here) == possible
 
 
 def layer(num_blocks: int = 3, heads: int = 4, block_size: int = 2, head_size: int = 5) -> torch.Tensor:

@@ -75,6 +75,7 @@ def test_accepted(extra, expected):
         pytest.param({"lease_s": True}, "lease_s must be a number of seconds", id="seconds as a flag"),
         pytest.param({"reader_threads": 0}, "reader_threads must be an integer from 1 to 64", id="no reader"),
         pytest.param({"peer_networks": "10.0.0.0/8"}, "must be a list of networks", id="one network"),
+        pytest.param({"verify": "yes"}, "verify must be true or false, got 'yes'", id="no yes for true"),
         pytest.param({"peer_networks": []}, "must be a list of networks", id="no network at all"),
         pytest.param({"peer_networks": ["10.0.0.5/8"]}, "has host bits set", id="a network with a host"),
         pytest.param({"host": 5}, "host must be an address", id="host as a number"),

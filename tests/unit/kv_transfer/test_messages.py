@@ -34,13 +34,18 @@ from vllm_ascend.kv_transfer.messages import (
 
 CACHE = CacheDescription(
     model="m",
+    revision=None,
     architecture="LlamaForCausalLM",
     num_layers=2,
     hidden_size=64,
     vocab_size=100,
     windows=(None, 512),
+    dtype="bfloat16",
+    quantization="none",
 )
-KIND = LayerKind(num_kv_heads=4, head_size=16, cache_dtype="bfloat16", layout="token-major")
+KIND = LayerKind(
+    num_kv_heads=4, head_size=16, cache_dtype="bfloat16", quantization="none", layout="token-major"
+)
 BLOCKS = BlockSizes(block_size=256, page_size=128)
 
 STACK = StackRegions(
@@ -84,6 +89,7 @@ def test_questions_arrive_as_they_were_sent(question):
             cache=CACHE,
             blocks=BLOCKS,
             parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+            verifies=False,
             ranks=(RANK,),
         ),
         Renewed(lost=("a",)),
@@ -165,6 +171,7 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         cache=CACHE,
         blocks=BLOCKS,
         parallel=Parallel(tp_size=1, pp_size=1, dp_size=1),
+        verifies=False,
         ranks=(RANK,),
     )
     frames = [b"vllm-ascend-kv/2", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
@@ -180,6 +187,14 @@ def test_every_field_that_differs_is_named_with_both_values():
     ]
     assert differences(msgspec.structs.replace(CACHE, windows=(None, 24)), CACHE) == [
         "windows is (None, 24) there and (None, 512) here"
+    ]
+
+
+def test_a_revision_that_one_side_does_not_know_fits():
+    known = msgspec.structs.replace(CACHE, revision="4f2c")
+    assert differences(known, CACHE) == differences(CACHE, known) == []
+    assert differences(known, msgspec.structs.replace(CACHE, revision="9d1e")) == [
+        "revision is '4f2c' there and '9d1e' here"
     ]
 
 
