@@ -96,7 +96,6 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("features", "reason"),
     [
-        pytest.param({"has_sink": True}, "attention sinks not supported", id="sinks"),
         pytest.param({"use_mla": True, "use_sparse": True}, "sparse not supported", id="sparse latents"),
         pytest.param(
             {"use_mla": True, "block_size": 256}, "block_size not supported", id="256 latents a block"
