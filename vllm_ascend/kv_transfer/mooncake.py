@@ -34,9 +34,9 @@ _TCP_QUEUE = {
     "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
     "MC_TCP_ADMISSION_TIMEOUT_MS": "30000",
 }
-"""Ranges that may wait for one peer, and how long. Mooncake 0.3.13 by itself fails a whole batch when 1,024 are
-queued and as many wait, or wait for a second; two requests that are read row by row have more. Its successors
-have the larger numbers, too (kvcache-ai/Mooncake#3710)."""
+"""Ranges that may wait for one peer, and how long. Mooncake 0.3.13 by itself fails a whole batch when 1,024
+are queued and as many wait, or wait for a second; two requests that are read row by row have more. Its
+successors have the larger numbers, too (kvcache-ai/Mooncake#3710)."""
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
