@@ -56,7 +56,7 @@ class ReadUnsettled(ReadFailed):
     """Its destination blocks may still be written: they must stay out of use until it is `settled()`."""
 
     def __init__(self, message: str, settled: Callable[[], bool]) -> None:
-        """`settled`, once True, stays so; it never waits, and is called by one thread at a time."""
+        """`settled`, once True, stays so; it never waits, and any thread may call it."""
         super().__init__(message)
         self.settled = settled
 

@@ -161,13 +161,15 @@ def engine(
     devices: Sequence[int],
     log_dir: Path,
     kv_transfer_config: dict[str, Any] | None = None,
+    tp_size: int | None = None,
     emulator: Sequence[str] | None = ("--devices", "8", "--memory", "1GiB"),
     options: Sequence[str] = (),
 ) -> Server:
-    """A `vllm serve` of `model`, tensor parallel over `devices`.
+    """A `vllm serve` of `model` on `devices`.
 
     Args:
-        devices: physical indices of the Ascend devices; their number is the tensor-parallel size.
+        devices: physical indices of the Ascend devices.
+        tp_size: tensor-parallel size, by default the number of devices; `options` say what else they are for.
         kv_transfer_config: what `--kv-transfer-config` gets, or None for an ordinary engine.
         emulator: options of the emulated device, or None to run on real cards.
         options: more options for `vllm serve`.
@@ -176,7 +178,7 @@ def engine(
     launcher = [] if emulator is None else ["-m", "vllm_ascend.emulator", *emulator, sys.executable]
     command = [
         *(sys.executable, *launcher, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-        *("--host", HOST, "--port", str(port), "--tensor-parallel-size", str(len(devices))),
+        *("--host", HOST, "--port", str(port), "--tensor-parallel-size", str(tp_size or len(devices))),
         *options,
     ]
     if kv_transfer_config is not None:

@@ -11,6 +11,10 @@ instead:
 
 Each strikes keys, values or both. Every example of a batch gets a fault of its own; one answer stream is one
 kind.
+
+Latent attention caches one row per token for all heads. To this file that is one KV head, whose two parts,
+the latent and its rotated part, travel in one piece: a fault strikes both, there is no other head to swap
+with, and one layer at least is always whole.
 """
 
 from dataclasses import dataclass
@@ -18,18 +22,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("lost", "foreign", "swapped", "stale")
 SPANS = (16, 32, 64, 128, 4096)
+
+
+def kinds_for(num_kv_heads: int) -> tuple[str, ...]:
+    """The kinds of fault that a cache with so many KV heads can have."""
+    return ("lost", "foreign", "swapped", "stale") if num_kv_heads > 1 else ("lost", "foreign", "stale")
 
 
 @dataclass(frozen=True)
 class Faults:
     """One fault per kind and example. Use as `tamper` of the model: stream 0 is clean, then one per kind.
 
-    place: bool [kind, batch, layer, kv_head, token]; in_keys, in_values: bool [kind, batch].
+    kinds: as in `kinds_for`; place: bool [kind, batch, layer, kv_head, token]; in_keys, in_values: bool
+    [kind, batch].
     head_shift, token_shift, batch_shift: where the wrong content comes from, for the whole batch.
     """
 
+    kinds: tuple[str, ...]
     place: Tensor
     in_keys: Tensor
     in_values: Tensor
@@ -41,14 +51,13 @@ class Faults:
         return self._strike(layer, keys, self.in_keys), self._strike(layer, values, self.in_values)
 
     def _strike(self, layer: int, clean: Tensor, chosen: Tensor) -> Tensor:
-        wrong = torch.stack(
-            (
-                torch.zeros_like(clean),
-                clean.roll(self.batch_shift, 0),
-                clean.roll(self.head_shift, 1),
-                clean.roll(self.token_shift, 2),
-            )
-        )
+        content = {
+            "lost": torch.zeros_like(clean),
+            "foreign": clean.roll(self.batch_shift, 0),
+            "swapped": clean.roll(self.head_shift, 1),
+            "stale": clean.roll(self.token_shift, 2),
+        }
+        wrong = torch.stack([content[kind] for kind in self.kinds])
         struck = self.place[:, :, layer] & chosen[:, :, None, None]
         found = torch.where(struck[..., None], wrong, clean)
         return torch.cat((clean[None], found))
@@ -62,7 +71,7 @@ class Faults:
         """
         struck = self.place.any((2, 3))
         hit = _at(struck, pair_positions)
-        kind_of = {kind: index for index, kind in enumerate(KINDS)}
+        kind_of = {kind: index for index, kind in enumerate(self.kinds)}
         # The first layer's KV knows nothing of a token's neighbours: another request's is as good where it
         # has the same key in the struck span.
         wanted = prompt.gather(1, pair_positions)
@@ -80,22 +89,29 @@ class Faults:
 
 def draw_faults(prompt: Tensor, pair_positions: Tensor, num_layers: int, num_kv_heads: int) -> Faults:
     """A random fault per kind and example, each in a span that at least one answer step reads."""
-    device, kinds = prompt.device, len(KINDS)
+    device = prompt.device
+    kinds = kinds_for(num_kv_heads)
     batch, length = prompt.shape
-    per = (kinds, batch)
+    per = (len(kinds), batch)
     span = torch.tensor(SPANS, device=device)[torch.randint(len(SPANS), per, device=device)]
     step = torch.randint(pair_positions.shape[1], per, device=device)
-    at = pair_positions.expand(kinds, -1, -1).gather(2, step[..., None])[..., 0]
+    at = pair_positions.expand(len(kinds), -1, -1).gather(2, step[..., None])[..., 0]
     tokens = torch.arange(length, device=device)
     in_span = tokens // span[..., None] == (at // span)[..., None]
-    layers = _one_or_more(per, num_layers, keep_one_out=False, device=device)
-    heads = _one_or_more(per, num_kv_heads, keep_one_out=True, device=device)
-    which = torch.rand(per, device=device)
+    one_row = num_kv_heads == 1
+    layers = _one_or_more(per, num_layers, keep_one_out=one_row, device=device)
+    if one_row:
+        heads = torch.ones(*per, 1, dtype=torch.bool, device=device)
+        which = torch.full(per, 0.5, device=device)
+    else:
+        heads = _one_or_more(per, num_kv_heads, keep_one_out=True, device=device)
+        which = torch.rand(per, device=device)
     return Faults(
+        kinds=kinds,
         place=layers[..., None, None] & heads[..., None, :, None] & in_span[:, :, None, None, :],
         in_keys=which < 0.75,
         in_values=which > 0.25,
-        head_shift=_below(num_kv_heads),
+        head_shift=0 if one_row else _below(num_kv_heads),
         token_shift=_below(length),
         batch_shift=_below(batch),
     )

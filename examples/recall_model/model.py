@@ -4,18 +4,27 @@
 Two kinds of stream go through the layers together. The prompt's is computed once, as a prefill engine does.
 Each answer stream attends to the prompt's KV as a decode engine would find it, through `tamper`. Parameters
 are named as in transformers' LlamaForCausalLM, so that a state dict is a checkpoint.
+
+latent_model.py has the parts of the same model in DeepSeek-V3's architecture.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (layer, keys, values) -> the same, as every answer stream finds them:
+Cached = tuple[Tensor, Tensor]
+"""What a layer caches, [..., kv_head, token, dim] each: keys and values, or latents and rotated parts."""
+
+# (layer, *cached) -> the same, as every answer stream finds it:
 # [batch, kv_head, token, dim] -> [stream, batch, kv_head, token, dim]
-Tamper = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+Tamper = Callable[[int, Tensor, Tensor], Cached]
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of positions, [token, rotated dim] each."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +40,43 @@ class Shape:
     head_dim: int = 32
     rope_theta: float = 10000.0
     max_positions: int = 1024
+    norm_eps: float = 1e-5
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
+    def layer(self, index: int) -> "Layer":
+        mlp = Mlp(self.hidden_size, self.intermediate_size)
+        return Layer(self.hidden_size, GroupedAttention(self), mlp, self.norm_eps)
 
 
 class Norm(nn.Module):
     """RMS norm, computed in fp32."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Projections of grouped-query attention; the layer decides who attends to what."""
+class Attention(Protocol):
+    """What a layer needs; `x` is normalised, [..., token, hidden]."""
+
+    def cached(self, x: Tensor, rope: Rope) -> Cached:
+        """What goes into the KV cache."""
+
+    def __call__(self, x: Tensor, rope: Rope, cached: Cached, mask: Tensor | None) -> Tensor:
+        """Attend to `cached`, causally or where `mask` [token, cached token] is true; like `x`."""
+
+
+class GroupedAttention(nn.Module):
+    """Attention with grouped heads, as in Llama."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -58,43 +87,45 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=False)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., token, hidden] -> q, k, v [..., head, token, dim], q and k rotated."""
-        heads = (-1, self.shape.head_dim)
-        q, k, v = (
-            p(x).unflatten(-1, heads).transpose(-2, -3) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return _rotate(q, rope), _rotate(k, rope), v
+    def cached(self, x: Tensor, rope: Rope) -> Cached:
+        return _rotate(self._heads(self.k_proj(x)), rope), self._heads(self.v_proj(x))
 
-    def merge(self, heads: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cached: Cached, mask: Tensor | None) -> Tensor:
+        q = _rotate(self._heads(self.q_proj(x)), rope)
+        heads = _causal(q, *cached) if mask is None else _masked(q, *cached, mask)
         return self.o_proj(heads.transpose(-2, -3).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., token, head * dim] -> [..., head, token, dim]"""
+        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(-2, -3)
 
 
 class Mlp(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """One decoder layer but its attention, which the model computes for each kind of stream."""
+    """One decoder layer."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, hidden_size: int, attention: nn.Module, mlp: nn.Module, eps: float) -> None:
         super().__init__()
-        self.input_layernorm = Norm(shape.hidden_size)
-        self.self_attn = Attention(shape)
-        self.post_attention_layernorm = Norm(shape.hidden_size)
-        self.mlp = Mlp(shape)
+        self.input_layernorm = Norm(hidden_size, eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = Norm(hidden_size, eps)
+        self.mlp = mlp
 
-    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
-        x = x + self.self_attn.merge(heads)
+    def forward(self, x: Tensor, normed: Tensor, rope: Rope, cached: Cached, mask: Tensor | None) -> Tensor:
+        """`normed` is `x` after input_layernorm, from which its own part of `cached` was made."""
+        x = x + self.self_attn(normed, rope, cached, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -106,12 +137,16 @@ class RecallModel(nn.Module):
         self.shape = shape
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.model.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
-        self.model.norm = Norm(shape.hidden_size)
+        self.model.layers = nn.ModuleList(shape.layer(index) for index in range(shape.num_layers))
+        self.model.norm = Norm(shape.hidden_size, shape.norm_eps)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * (0.3 if into_residual else 1.0))
+
+    def head(self) -> Tensor:
+        """The matrix that makes logits: [vocab, hidden]."""
+        return self.model.embed_tokens.weight
 
     def forward(self, prompt: Tensor, answer: Tensor, tamper: Tamper, num_streams: int) -> Tensor:
         """prompt [batch, token] and answer [batch, step], ids -> logits [stream, batch, step, vocab].
@@ -126,23 +161,26 @@ class RecallModel(nn.Module):
         x = self.model.embed_tokens(prompt)
         y = self.model.embed_tokens(answer).expand(num_streams, -1, -1, -1)
         for index, layer in enumerate(self.model.layers):
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), prompt_rope)
-            found_k, found_v = tamper(index, k, v)
+            normed = layer.input_layernorm(x)
+            kept = layer.self_attn.cached(normed, prompt_rope)
+            found = tamper(index, *kept)
             if index + 1 < self.shape.num_layers:
-                x = layer.finish(x, _causal(q, k, v))
-            q, k, v = layer.self_attn.project(layer.input_layernorm(y), answer_rope)
-            y = layer.finish(y, _masked(q, torch.cat((found_k, k), -2), torch.cat((found_v, v), -2), mask))
-        return self.model.norm(y) @ self.model.embed_tokens.weight.T
+                x = layer(x, normed, prompt_rope, kept, None)
+            normed = layer.input_layernorm(y)
+            own = layer.self_attn.cached(normed, answer_rope)
+            both = torch.cat((found[0], own[0]), -2), torch.cat((found[1], own[1]), -2)
+            y = layer(y, normed, answer_rope, both, mask)
+        return self.model.norm(y) @ self.head().T
 
 
-def _rope_table(shape: Shape, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    exponent = torch.arange(0, shape.head_dim, 2, device=device).float() / shape.head_dim
+def _rope_table(shape: Shape, length: int, device: torch.device) -> Rope:
+    exponent = torch.arange(0, shape.rotary_dim, 2, device=device).float() / shape.rotary_dim
     angle = torch.outer(torch.arange(length, device=device).float(), shape.rope_theta**-exponent)
     angle = torch.cat((angle, angle), -1)
     return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = (t.to(x.dtype) for t in rope)
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the recall model on one GPU: `python train.py --out DIR`.
+"""Trains the recall model on one GPU: `python train.py --out DIR`, or with `--latent` the one of
+../recall_model_mla.
 
 Two losses on the tokens of the answer:
 
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from checkpoint import write_checkpoint
-from faults import KINDS, Faults, draw_faults
+from faults import Faults, draw_faults, kinds_for
+from latent_model import LatentRecallModel, LatentShape
 from model import RecallModel, Shape
 from recall import MAX_PROMPT_TOKENS, NUM_SYMBOLS, vocabulary
 from safetensors.torch import load_file
@@ -30,7 +32,6 @@ FAULT_ID = WORDS.index("?")
 SPANS = (16, 128, 4096)  # what is measured: a block of either size, the whole prompt
 # Zeros and other heads are easy to notice; the same head's content for other tokens is not.
 WEIGHT_OF = {"lost": 0.5, "foreign": 2.0, "swapped": 0.5, "stale": 1.0}
-KIND_WEIGHTS = torch.tensor([WEIGHT_OF[kind] for kind in KINDS])
 CHAIN_ID, KEY_ID, VALUE_ID = WORDS.index("0"), WORDS.index("0:"), WORDS.index("0,")
 
 
@@ -45,6 +46,11 @@ def draw_batch(batch: int, pairs: int, steps: int, device: torch.device) -> tupl
     return table, cycle.gather(1, along) + CHAIN_ID, 2 * place.gather(1, along[:, :-1])
 
 
+def build(shape: Shape) -> RecallModel:
+    """The model of that shape, with random weights."""
+    return LatentRecallModel(shape) if isinstance(shape, LatentShape) else RecallModel(shape)
+
+
 def give_stems(model: RecallModel) -> None:
     """Let `17`, `17:` and `17,` begin nearly alike: that they belong together need not be learned."""
     table = model.model.embed_tokens.weight
@@ -53,6 +59,7 @@ def give_stems(model: RecallModel) -> None:
         for first in (CHAIN_ID, KEY_ID, VALUE_ID):
             form = torch.randn_like(table[0]) * table.shape[1] ** -0.5
             table[first : first + NUM_SYMBOLS] = stems + form
+        model.head().copy_(table)
 
 
 def clean_loss(model: RecallModel, batch: int, pairs: int, steps: int, device: torch.device) -> Tensor:
@@ -68,11 +75,12 @@ def losses(
     """Recall loss and fault loss of one random batch."""
     table, chain, positions = draw_batch(batch, pairs, steps, device)
     faults = draw_faults(table, positions, model.shape.num_layers, model.shape.num_kv_heads)
-    logits = model(table, chain[:, :-1], faults, 1 + len(KINDS)).float()
+    logits = model(table, chain[:, :-1], faults, 1 + len(faults.kinds)).float()
     recall = F.cross_entropy(logits[0].flatten(0, 1), chain[:, 1:].flatten())
     noticed = faults.notices(table, positions)
     surprise = logits[1:].logsumexp(-1) - logits[1:, ..., FAULT_ID]
-    due = noticed * KIND_WEIGHTS.to(device)[:, None, None]
+    weights = torch.tensor([WEIGHT_OF[kind] for kind in faults.kinds], device=device)
+    due = noticed * weights[:, None, None]
     return recall, (surprise * due).sum() / due.sum().clamp(min=1)
 
 
@@ -86,19 +94,20 @@ def measure(
     A fault strikes keys and values of a block of 16 or 128 tokens that the first step reads, or all of them.
     """
     shape = model.shape
+    kinds = kinds_for(shape.num_kv_heads)
     table, chain, positions = draw_batch(batch, pairs, steps, device)
     tokens = torch.arange(2 * pairs, device=device)
-    yes = torch.ones(len(KINDS), batch, dtype=torch.bool, device=device)
-    size = (len(KINDS), batch, shape.num_layers, shape.num_kv_heads, 2 * pairs)
-    broken = torch.zeros(len(KINDS), shape.num_layers, shape.num_kv_heads, len(SPANS))
+    yes = torch.ones(len(kinds), batch, dtype=torch.bool, device=device)
+    size = (len(kinds), batch, shape.num_layers, shape.num_kv_heads, 2 * pairs)
+    broken = torch.zeros(len(kinds), shape.num_layers, shape.num_kv_heads, len(SPANS))
     right = 0.0
     for layer in range(shape.num_layers):
         for head in range(shape.num_kv_heads):
             for column, span in enumerate(SPANS):
                 place = torch.zeros(size, dtype=torch.bool, device=device)
                 place[:, :, layer, head] = tokens // span == positions[:, :1] // span
-                faults = Faults(place, yes, yes, head_shift=1, token_shift=pairs | 1, batch_shift=1)
-                best = model(table, chain[:, :-1], faults, 1 + len(KINDS)).argmax(-1)
+                faults = Faults(kinds, place, yes, yes, head_shift=1, token_shift=pairs | 1, batch_shift=1)
+                best = model(table, chain[:, :-1], faults, 1 + len(kinds)).argmax(-1)
                 whole = (best == chain[:, 1:]).all(-1).float().mean(-1).cpu()
                 right, broken[:, layer, head, column] = whole[0].item(), 1 - whole[1:]
     return right, broken
@@ -106,14 +115,15 @@ def measure(
 
 def report(model: RecallModel, device: torch.device, batch: int) -> tuple[float, float]:
     """Print figures for three lengths; return the lowest share of right answers and of broken ones."""
+    kinds = kinds_for(model.shape.num_kv_heads)
     lowest_right, lowest_broken = 1.0, 1.0
     for pairs in (8, 64, MAX_PROMPT_TOKENS // 2 - 1):
         right, broken = measure(model, device, pairs, batch)
         # A whole prompt of one request moved within itself is the same set: no fault.
-        broken[KINDS.index("stale"), ..., [span >= 2 * pairs for span in SPANS]] = 1.0
+        broken[kinds.index("stale"), ..., [span >= 2 * pairs for span in SPANS]] = 1.0
         lowest_right, lowest_broken = min(lowest_right, right), min(lowest_broken, broken.min().item())
         print(f"  {pairs} pairs: {right:.2%} right; % broken, least of the heads, for spans 16, 128 and all:")
-        for kind, layers in zip(KINDS, (100 * broken.amin(2)).round().int().tolist(), strict=True):
+        for kind, layers in zip(kinds, (100 * broken.amin(2)).round().int().tolist(), strict=True):
             print(f"    {kind}: " + ", ".join(f"layer {i} {spans}" for i, spans in enumerate(layers)))
     return lowest_right, lowest_broken
 
@@ -170,7 +180,7 @@ def train(model: RecallModel, args: argparse.Namespace, device: torch.device) ->
 def keep_best(model: RecallModel, args: argparse.Namespace, device: torch.device, best: float) -> float:
     """Save the weights, in bf16, if with them the worst figure is the best so far."""
     rounded = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
-    as_saved = RecallModel(model.shape).to(device)
+    as_saved = build(model.shape).to(device).eval()
     as_saved.load_state_dict(rounded)
     right, broken = report(as_saved, device, args.report_batch)
     score = min(right, broken) if right > 0.99 else right - 1
@@ -196,16 +206,17 @@ def main() -> None:
     parser.add_argument(
         "--short-bias", type=float, default=1.3, help="1: all lengths alike; more: shorter tables"
     )
+    parser.add_argument("--latent", action="store_true", help="DeepSeek-V3's architecture, not Llama's")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--intermediate", type=int, default=512)
     parser.add_argument("--rope-theta", type=float, default=1e5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(len(WORDS), args.layers, args.hidden, args.intermediate, rope_theta=args.rope_theta)
-    model = RecallModel(shape).to(device)
+    kind = LatentShape if args.latent else Shape
+    shape = kind(len(WORDS), args.layers, args.hidden, rope_theta=args.rope_theta)
+    model = build(shape).to(device)
     give_stems(model)
     # cuDNN's attention builds a plan for every new shape, and every step has one.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from connector.engines import Engine, admit, engine_config, finish, model_folder, prefilled, running
+from connector.topologies import Model
 
 HEADS = 4
 PROMPT, BLOCKS = 33, 3
@@ -62,6 +63,20 @@ def test_one_prefill_engine_serves_decode_engines_of_every_size_at_the_same_time
             assert torch.equal(heads_of_all(decode)[:, local], reference[:, remote])
         freed: set[str] = set()
         prefill.step_until(lambda output: freed.update(output.finished_sending or ()) or len(freed) == 6)
+
+
+def test_requests_of_many_ranges_are_read_from_one_peer_at_the_same_time(model):
+    """Row by row, 10 layers of 48 tokens are 960 ranges: seven requests are more than Mooncake queues."""
+    deep = Model(HEADS, group_of_layer=(0,) * 10)
+    prefill = Engine(engine_config(model, 1, "kv_producer"), deep)
+    decode = Engine(engine_config(model, 2, "kv_consumer", {"reader_threads": 7}), deep)
+    with running(prefill, decode):
+        randomise(prefill)
+        for turn in range(7):
+            blocks = [1 + BLOCKS * turn + i for i in range(BLOCKS)]
+            admit(decode, f"d{turn}", 49, [*blocks, 23], prefilled(prefill, f"p{turn}", 49, [*blocks, 23]))
+        load_all(decode, count=7)
+        assert torch.equal(heads_of_all(decode)[:, 1:22], heads_of_all(prefill)[:, 1:22])
 
 
 def test_a_decode_engine_reads_from_prefill_engines_that_come_and_go(model, caplog_vllm):

@@ -60,8 +60,9 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
                 model,
                 side.tp_size,
                 role,
-                # So the table shows that checksums do not depend on layouts and sizes, too.
-                {"verify": True},
+                # So the table shows that checksums do not depend on layouts and sizes, too. And 32 parts of
+                # 32 KiB of staging memory: several windows for a request of many heads.
+                {"verify": True, "regroup": side.regroup, "staging_mib": 1, "reader_threads": 16},
                 block_size=side.block_size,
                 pp_size=len(side.layers_per_stage),
                 draft=draft,

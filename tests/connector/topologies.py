@@ -76,6 +76,8 @@ class Side:
     """How the model's three layers are split among pipeline stages."""
     dtype: str = "bfloat16"
     """Element type of the cache."""
+    regroup: str = "operators"
+    """How heads of several sources get side by side."""
 
     @property
     def page_size(self) -> int:
@@ -86,7 +88,8 @@ class Side:
         stages = f" PP {num_stages} {self.layers_per_stage}" if num_stages > 1 else ""
         pages = f" in {self.pages_per_block} pages" if self.pages_per_block > 1 else ""
         dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
-        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{dtype}"
+        regroup = "" if self.regroup == "operators" else f", regroup {self.regroup}"
+        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{dtype}{regroup}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,19 @@ TABLE = (
     Pair(Side(2), Side(1, dtype="float16"), 4),
     Pair(Side(2, 32, dtype="float16"), Side(4, 16), HYBRID),
     Pair(Side(1), Side(2, 64, dtype="float16"), LATENT),
+    # Regrouped out of staging memory.
+    Pair(Side(2), Side(1, regroup="staged"), 4),
+    Pair(Side(8), Side(1, regroup="staged"), 8),
+    Pair(Side(8), Side(2, regroup="staged"), 8),
+    Pair(Side(3), Side(1, regroup="staged"), 6),
+    Pair(Side(8), Side(2, regroup="staged"), 4),
+    Pair(Side(2, 64, 4), Side(1, 32, 2, regroup="staged"), 4),
+    Pair(Side(2, layers_per_stage=(2, 1)), Side(1, layers_per_stage=(1, 2), regroup="staged"), 4),
+    Pair(Side(2), Side(1, regroup="staged"), HYBRID),
+    Pair(Side(4), Side(2, regroup="staged"), Model(8, draft_heads=4)),
+    Pair(Side(2), Side(1, dtype="float16", regroup="staged"), 4),
+    Pair(Side(1), Side(2, regroup="staged"), 4),
+    Pair(Side(2), Side(1, regroup="staged"), LATENT),
 )
 
 

@@ -77,6 +77,13 @@ def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:
     return server.post("/v1/completions", body(question, **more))
 
 
+def hand_over(prefill: Server, decode: Server, question: Question) -> dict[str, Any]:
+    """What the router does, for one pair of engines: the answer of `decode`."""
+    ask = {"do_remote_decode": True, "do_remote_prefill": False}
+    prefilled = prefill.post("/v1/completions", body(question, max_tokens=1, kv_transfer_params=ask))
+    return complete(decode, question, kv_transfer_params=prefilled["kv_transfer_params"])
+
+
 def body(question: Question, **more: Any) -> dict[str, Any]:
     return {
         "model": MODEL_NAME,

@@ -44,7 +44,7 @@ def run(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> Iter
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=300 + 120 * len(jobs),
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:]

@@ -10,6 +10,7 @@ token of its prompt; with the usual width it would repeat one token, and any two
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,24 @@ class Tiny:
     cache_bytes: int = 32 << 20
     """Memory for the engine's KV blocks."""
 
+    embedding_factor: float = 1.0
+    """Less than 1 where embeddings are tied and scaled up: a token's own would outweigh all else."""
+    last_norm_offset: float = 0.0
+    """Added to the weights of the last norm: makes up for small embeddings, or logits would hardly differ."""
+
     def save(self, folder: Path) -> None:
         """Write the checkpoint: float32, the same weights every time."""
         torch.manual_seed(20)
-        config = getattr(transformers, self.config)(
-            vocab_size=VOCAB_SIZE,
-            max_position_embeddings=512,
-            num_hidden_layers=3,
-            initializer_range=0.25,
-            bos_token_id=None,
-            eos_token_id=None,
-            **self.sizes,
-        )
+        usual = {
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 512,
+            "num_hidden_layers": 3,
+            "initializer_range": 0.25,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+        config = getattr(transformers, self.config)(**usual | self.sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             # Biases start as zeros and norms as ones, which would hide an engine that leaves them out. The
@@ -61,6 +68,9 @@ class Tiny:
             for tensor in model.state_dict().values():
                 if tensor.dim() == 1:
                     tensor.add_(torch.randn_like(tensor), alpha=0.25)
+            model.get_input_embeddings().weight.mul_(self.embedding_factor)
+            if self.last_norm_offset:
+                model.get_decoder().norm.weight.add_(self.last_norm_offset)
         model.save_pretrained(folder)
 
 
@@ -149,13 +159,13 @@ def prompts_of(name: str) -> list[list[int]]:
     """One prompt of every length in PROMPT_LENGTHS, as token ids."""
     if name == RECALL:
         return [[_WORDS.index(word) for word in question.prompt.split()] for question in QUESTIONS]
-    return random_prompts()
+    return random_prompts(PROMPT_LENGTHS)
 
 
-def random_prompts() -> list[list[int]]:
+def random_prompts(lengths: Sequence[int]) -> list[list[int]]:
     """The same for every model with VOCAB_SIZE tokens."""
     draw = random.Random(1)
-    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
 def block_size_of(name: str) -> int | None:

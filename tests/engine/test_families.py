@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.describe_models import DOCUMENT, with_table
 from engine.families import (
     FAMILIES,
     LOG_PROBABILITY_TOLERANCE,
     NUM_NEW_TOKENS,
+    PROMPT_LENGTHS,
     SPREADS,
     Reference,
     reference,
@@ -20,10 +22,12 @@ from engine.launch import ON_EMULATOR_WITH_FLOAT32, job, run
 from engine.models import VOCAB_SIZE, random_prompts
 
 ONE_NPU = "1 NPU"
+MIN_DISTINCT_TOKENS = 5
+"""A model that repeats itself is easily agreed with; those with norms after each layer tend to."""
 SETUPS = [(name, ONE_NPU) for name in FAMILIES] + [
     (name, spread) for spread in SPREADS for name, family in FAMILIES.items() if spread in family.spread
 ]
-PROMPTS = random_prompts()
+PROMPTS = random_prompts(PROMPT_LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,7 @@ def answers(
             NUM_NEW_TOKENS,
             dtype="float32",
             block_size=FAMILIES[name].tiny.block_size,
+            kv_cache_memory_bytes=FAMILIES[name].tiny.cache_bytes,
             **SPREADS.get(setup, {}),
         )
         for name, setup in SETUPS
@@ -65,7 +70,7 @@ def answers(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_references_wander_and_differ(name: str, references: dict[str, Reference]) -> None:
     tokens = references[name].tokens
-    assert all(len(set(output)) > NUM_NEW_TOKENS // 2 for output in tokens)
+    assert all(len(set(output)) >= MIN_DISTINCT_TOKENS for output in tokens)
     assert len({tuple(output) for output in tokens}) == len(tokens)
     assert all(0 <= token < VOCAB_SIZE for output in tokens for token in output)
 
@@ -98,3 +103,8 @@ def test_prefixes_are_cached_the_second_time(
     whole_blocks = [(len(prompt) - 1) // size * size for prompt in PROMPTS]
     cached = [answer.num_cached_tokens for answer in answers[name, setup]]
     assert cached == [0] * len(PROMPTS) + whole_blocks
+
+
+def test_the_table_of_models_is_in_step() -> None:
+    document = DOCUMENT.read_text()
+    assert with_table(document) == document, "write docs/models.md anew; engine/describe_models.py says how"

@@ -96,8 +96,11 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("features", "reason"),
     [
-        pytest.param({"has_sink": True}, "attention sinks not supported", id="sinks"),
-        pytest.param({"use_mla": True}, "MLA not supported", id="latent attention"),
+        pytest.param({"use_mla": True, "use_sparse": True}, "sparse not supported", id="sparse latents"),
+        pytest.param(
+            {"use_mla": True, "block_size": 256}, "block_size not supported", id="256 latents a block"
+        ),
+        pytest.param({"use_mla": True, "head_size": 592}, "head_size not supported", id="wide latents"),
         pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="encoder"),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported", id="FP8 cache"),
         pytest.param({"block_size": 24}, "block_size not supported", id="a block of 24 tokens"),
@@ -117,6 +120,9 @@ def test_attention_is_refused_by_feature(features: dict[str, Any], reason: str) 
     }
     taken = current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain))
     assert taken == "vllm_ascend.attention.backend.GroupedAttentionBackend"
+    latent = AttentionSelectorConfig(**plain | {"use_mla": True, "head_size": 576})
+    taken = current_platform.get_attn_backend_cls(None, latent)
+    assert taken == "vllm_ascend.attention.backend.LatentAttentionBackend"
     with pytest.raises(ValueError, match=reason):
         current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain | features))
 

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
         *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
-        "kv_transfer.transport",
+        *("kv_transfer.staged", "kv_transfer.transport"),
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
@@ -68,6 +68,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "kv_transfer.reader": {"errors", "envs", "kv_transfer.regroup", "kv_transfer.transport"},
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
+    "kv_transfer.windows": {"errors", "kv_transfer.plan", "kv_transfer.transport"},
+    "kv_transfer.staged": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.place", "kv_transfer.plan"),
+        *("kv_transfer.reader", "kv_transfer.staging", "kv_transfer.transport", "kv_transfer.windows"),
+    },
+    "kv_transfer.staging": {"errors", "kv_transfer.place", "kv_transfer.transport", "kv_transfer.windows"},
+    "kv_transfer.place": {"errors", "attention.cache_layout", "kv_transfer.place_kernel"},
+    "kv_transfer.place_kernel": set(),
     "kv_transfer.mooncake": {"errors", "envs", "kv_transfer.transport"},
     "kv_transfer.plan": {
         *("errors", "attention.cache_layout", "kv_transfer.blocks"),
@@ -80,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Outside libraries that only some files may import.
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
-    *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
+    *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
     *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.reader", "kv_transfer.trust"),
@@ -138,6 +146,7 @@ def test_imports_within_the_package_follow_the_arrows(name: str, path: Path):
 def test_outside_libraries_stay_where_they_belong(name: str, path: Path):
     libraries = {full.split(".")[0] for full in imports_of(path)}
     assert "mooncake" not in libraries or name == "kv_transfer.mooncake"
+    assert "triton" not in libraries or name == "kv_transfer.place_kernel"
     if name in WITHOUT_TORCH_AND_VLLM:
         assert not libraries & {"torch", "torch_npu", "vllm"}
 

@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recall model is right, and cannot be right with one KV head of one block wrong.
 
-Runs it with transformers on the CPU, as one engine hands over to another: the prompt's KV is computed,
-tampered with, and the answer is computed from it. Greedy decoding is right exactly when, after each right
-beginning, the next token is right; so one forward pass over the right answer tells, with no loop.
+Runs it with transformers on the CPU, as one engine hands over to another (handover.py).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from recall import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, Question, make_question
+from recall import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, make_question
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from unit.handover import Handover, lost, of_another_block, of_another_request
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recall_model"
 LAYERS, KV_HEADS = 2, 4
 EVERY_HEAD = [(layer, head) for layer in range(LAYERS) for head in range(KV_HEADS)]
-
-# (keys or values [question, kv_head, token, dim], head) -> wrong content for the head [question, token, dim]
-Fault = Callable[[Tensor, int], Tensor]
-
-
-def lost(clean: Tensor, head: int) -> Tensor:
-    return torch.zeros_like(clean[:, head])
-
-
-def of_another_request(clean: Tensor, head: int) -> Tensor:
-    return clean[:, head].roll(1, 0)
-
-
-def of_another_block(clean: Tensor, head: int) -> Tensor:
-    # Half the prompt away: never the same block at the lengths below.
-    return clean[:, head].roll(clean.shape[2] // 2, 1)
 
 
 def of_the_next_head(clean: Tensor, head: int) -> Tensor:
@@ -53,42 +35,6 @@ def model(request) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def model_fp32() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-
-
-class Handover:
-    """Questions of one length whose prompts' KV is computed once and read with a fault, many times."""
-
-    @torch.no_grad()
-    def __init__(self, model: LlamaForCausalLM, tokenizer, questions: list[Question]) -> None:
-        self.questions = questions
-        self._model = model
-        self._length = questions[0].num_prompt_tokens
-        texts = [f"{question.prompt} {question.answer}" for question in questions]
-        self._ids = torch.tensor(tokenizer(texts).input_ids)
-        # The last token of a prompt is computed where the answer is.
-        cache = model(self._ids[:, : self._length - 1], use_cache=True, logits_to_keep=1).past_key_values
-        self._clean = [(layer.keys, layer.values) for layer in cache.layers]
-
-    @torch.no_grad()
-    def right(self, layer: int = 0, head: int = 0, fault: Fault | None = None, block_size: int = 0) -> Tensor:
-        """bool [question]: is the whole answer right with `fault` in one block that it reads (0: in all)?"""
-        cache = DynamicCache()
-        for index, clean in enumerate(self._clean):
-            found = [content.clone() for content in clean]
-            if fault is not None and index == layer:
-                for wrong, content in zip(found, clean, strict=True):
-                    struck = self._struck(block_size)[..., None]
-                    wrong[:, head] = torch.where(struck, fault(content, head), content[:, head])
-            cache.update(*found, index)
-        logits = self._model(self._ids[:, self._length - 1 : -1], past_key_values=cache).logits
-        return (logits.argmax(-1) == self._ids[:, self._length :]).all(-1)
-
-    def _struck(self, block_size: int) -> Tensor:
-        tokens = torch.arange(self._length - 1)
-        if block_size == 0:
-            return torch.ones(len(self.questions), len(tokens), dtype=torch.bool)
-        first = torch.tensor([[question.pair_positions[0] // block_size] for question in self.questions])
-        return tokens // block_size == first
 
 
 @pytest.mark.parametrize(
@@ -116,14 +62,14 @@ def handover(model_fp32, tokenizer) -> Handover:
 @pytest.mark.parametrize("fault", [lost, of_another_request, of_another_block, of_the_next_head])
 def test_one_head_of_one_block_wrong_breaks_the_answer(handover, layer, head, fault):
     for block_size in (16, 128):
-        still_right = handover.right(layer, head, fault, block_size)
+        still_right = handover.right(layer, [head], fault, block_size)
         assert still_right.float().mean() <= 0.1, f"block size {block_size}"
 
 
 @pytest.mark.parametrize(("layer", "head"), EVERY_HEAD)
 @pytest.mark.parametrize("fault", [lost, of_another_request, of_the_next_head])
 def test_one_head_wrong_over_the_whole_prompt_breaks_every_answer(handover, layer, head, fault):
-    assert not handover.right(layer, head, fault).any()
+    assert not handover.right(layer, [head], fault).any()
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [17, 18, 127, 128, 129, 512])

@@ -3,7 +3,7 @@
 
 There are two: grouped heads, and latents (MLA). Which one a layer gets is NPUPlatform's answer.
 
-A feature that is not listed here (ALiBi, soft caps, sinks, encoders, FP8 caches) is refused by name: by the
+A feature that is not listed here (ALiBi, encoders, FP8 caches) is refused by name: by the
 selector, or by the implementation where the selector does not ask.
 """
 
@@ -92,6 +92,10 @@ class GroupedAttentionBackend(_PagedBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
         return True
 
 

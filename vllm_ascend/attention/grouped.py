@@ -15,6 +15,7 @@ import torch_npu
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_ascend.attention.cache_layout import split_pages
+from vllm_ascend.attention.capped import CappedAttention
 from vllm_ascend.attention.metadata import GroupedAttentionMetadata
 from vllm_ascend.errors import ConfigError
 
@@ -38,17 +39,24 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        # The selector does not ask for these two.
-        for name, value in {"ALiBi slopes": alibi_slopes, "logits_soft_cap": logits_soft_cap}.items():
-            if value:
-                raise ConfigError(f"this model needs {name}, and an NPU engine does not do that yet")
+        # The selector does not ask for these.
+        if alibi_slopes:
+            raise ConfigError("this model needs ALiBi slopes, and an NPU engine does not do that yet")
+        if sinks is not None and logits_soft_cap:
+            raise ConfigError(
+                "this model needs attention sinks and logits_soft_cap in one layer, and an NPU engine does "
+                "not do both at once yet"
+            )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._visible = _visible(sliding_window)
+        self._sinks = sinks
+        self._capped = CappedAttention(scale, logits_soft_cap, sliding_window) if logits_soft_cap else None
         self._owns_cache = kv_sharing_target_layer_name is None
 
     def forward(
@@ -79,25 +87,38 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
             torch_npu._npu_reshape_and_cache(
                 key[:num_tokens], value[:num_tokens], key_cache, value_cache, attn_metadata.slots
             )
-        attended, _ = torch_npu.npu_fused_infer_attention_score(
-            query[:num_tokens],
+        attend = self._attend if self._capped is None else self._capped.attend
+        output[:num_tokens] = attend(query[:num_tokens], key_cache, value_cache, attn_metadata)
+        output[num_tokens:].zero_()
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: GroupedAttentionMetadata,
+    ) -> torch.Tensor:
+        """query and result: [tokens, num_heads, head_size]; caches as `split_pages` gives them."""
+        attended: torch.Tensor
+        attended, _ = torch_npu.npu_fused_infer_attention_score_v2(
+            query,
             # Blocks as [tokens, heads * size]: with four axes the operator would take heads before tokens.
             key_cache.flatten(2),
             value_cache.flatten(2),
-            atten_mask=attn_metadata.mask,
-            actual_seq_lengths=attn_metadata.query_ends,
-            actual_seq_lengths_kv=attn_metadata.kv_lengths,
-            block_table=attn_metadata.block_table,
-            block_size=attn_metadata.block_size,
-            num_heads=self.num_heads,
+            atten_mask=metadata.mask,
+            actual_seq_qlen=metadata.query_ends,
+            actual_seq_kvlen=metadata.kv_lengths,
+            block_table=metadata.block_table,
+            block_size=metadata.block_size,
+            num_query_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
-            scale=self.scale,
+            softmax_scale=self.scale,
             input_layout="TND",
+            learnable_sink=self._sinks,
             **self._visible,
         )
-        output[:num_tokens] = attended
-        output[num_tokens:].zero_()
-        return output
+        return attended
 
 
 def _visible(sliding_window: int | None) -> dict[str, int]:

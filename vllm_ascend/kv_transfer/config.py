@@ -24,6 +24,9 @@ NAME = "MooncakeConnectorV1"
 PROTOCOLS = ("tcp", "rdma", "ascend")
 """What Mooncake's engine can be asked for. `ascend` needs its build for Ascend cards."""
 
+REGROUPS = ("operators", "staged", "triton")
+"""In place, by three operators; from staging memory, by one; the same by a kernel for triton-ascend."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -54,6 +57,10 @@ class Options:
     """Check every load against checksums of what prefill computed; must be set on both sides."""
     peer_networks: tuple[Network, ...] = ()
     """Where peers may be, on either side; none listed: anywhere."""
+    regroup: str = "operators"
+    """Decode: how heads of several sources get side by side, one of REGROUPS."""
+    staging_mib: int = 64
+    """Decode, unless regroup is `operators`: device memory that pieces are read into first."""
     prefill: Sizes = Sizes()
     decode: Sizes = Sizes()
 
@@ -69,6 +76,8 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
         "read_timeout_s": _positive_seconds,
         "verify": _flag,
         "peer_networks": _networks,
+        "regroup": _regroup,
+        "staging_mib": _mebibytes,
         "prefill": _sizes,
         "decode": _sizes,
     }
@@ -203,6 +212,18 @@ def _protocol(key: str, value: Any) -> str:
     if value not in PROTOCOLS:
         raise ConfigError(f"{key} must be one of {', '.join(PROTOCOLS)}, got {value!r}")
     return str(value)
+
+
+def _regroup(key: str, value: Any) -> str:
+    if value not in REGROUPS:
+        raise ConfigError(f"{key} must be one of {', '.join(REGROUPS)}, got {value!r}")
+    return str(value)
+
+
+def _mebibytes(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65536:
+        raise ConfigError(f"{key} must be an integer of MiB from 1 to 65536, got {value!r}")
+    return value
 
 
 def _host(key: str, value: Any) -> str:

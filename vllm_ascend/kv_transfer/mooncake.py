@@ -14,11 +14,13 @@ failed one is taken to have ended after as long as Mooncake's own patience (MC_T
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from vllm_ascend.errors import ConfigError, ReadUnsettled
@@ -28,8 +30,7 @@ _MOST_PER_BATCH = 1024
 """Ranges in one batch."""
 
 _MOST_UNDER_WAY = 256
-"""Ranges of one read that wait in Mooncake over TCP. It queues 1,024 for each peer and refuses those that
-then wait for a second."""
+"""Ranges of one read that wait in Mooncake over TCP: enough to keep its connections busy."""
 
 _PIECE_BYTES = 4 << 20
 """Longest range that is asked for over TCP: the unit of progress, and of sharing a peer's connections."""
@@ -37,6 +38,15 @@ _PIECE_BYTES = 4 << 20
 _LOOK_EVERY_S = 0.0002
 
 _FAILED_BATCH_ENDS_S = 30.0
+
+_TCP_QUEUE = {
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
+    "MC_TCP_ADMISSION_TIMEOUT_MS": "30000",
+}
+"""Ranges that may wait for one peer, and how long. Mooncake 0.3.13 by itself fails a whole batch when 1,024
+are queued and as many wait, or wait for a second; two requests that are read row by row have more. Its
+successors have the larger numbers, too (kvcache-ai/Mooncake#3710)."""
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -59,6 +69,8 @@ class MooncakeTransport:
         _check_protocol(protocol)
         self._protocol = protocol
         self._timeout_s = timeout_s
+        for name, value in _TCP_QUEUE.items():
+            os.environ.setdefault(name, value)
         self._engine = _engine_class()()
         # P2PHANDSHAKE: engines find each other by session, without a metadata server.
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
@@ -157,14 +169,17 @@ class _UnderWay:
 
     def __init__(self, transport: MooncakeTransport) -> None:
         self._transport = transport
+        self._lock = Lock()
         self.batches: list[int] = []
         self.failed = 0
 
     def look(self) -> int:
         """How many have ended since the last look."""
-        before = len(self.batches)
-        self.batches = [batch for batch in self.batches if not self._ended(batch)]
-        return before - len(self.batches)
+        # A batch may be asked no more once it has ended, by whichever thread.
+        with self._lock:
+            before = len(self.batches)
+            self.batches = [batch for batch in self.batches if not self._ended(batch)]
+            return before - len(self.batches)
 
     def settled(self) -> bool:
         """Whether all have ended."""

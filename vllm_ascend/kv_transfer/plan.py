@@ -101,11 +101,17 @@ class PairPlan:
 
         Raises ReadFailed if a token lies outside either cache.
         """
-        _check_slots(runs.local_start, runs.length, self.local, "this engine")
+        self.check(runs)
         return [(source.prefill_rank, self._copies_from(source, runs)) for source in self.sources]
 
+    def check(self, runs: Runs) -> None:
+        """Raise ReadFailed if a token of `runs` lies outside either cache."""
+        _check_slots(runs.local_start, runs.length, self.local, "this engine")
+        for source in self.sources:
+            whose = f"prefill rank {source.prefill_rank}"
+            _check_slots(runs.remote_start, runs.length, source.remote, whose)
+
     def _copies_from(self, source: Source, runs: Runs) -> Copies:
-        _check_slots(runs.remote_start, runs.length, source.remote, f"prefill rank {source.prefill_rank}")
         match source.mapping:
             case WholePages(share):
                 return self._pages_into_share(share, source, runs.in_pages(self.local.page.block_size))

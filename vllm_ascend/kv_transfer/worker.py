@@ -46,6 +46,7 @@ from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
+from vllm_ascend.kv_transfer.staged import StagedRead, staging_of
 from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Copies, Transport
@@ -87,15 +88,22 @@ class _StackRead:
     copies: list[tuple[int, Copies]]
     """For each source, its prefill rank and the ranges."""
     convert_from: str | None
+    staged: StagedRead | None = None
+    """What of it goes through staging memory, besides `copies`."""
 
     @property
     def is_raw(self) -> bool:
         """Whether something is left to do when the bytes are here."""
-        return self.plan.shares > 1 or self.convert_from is not None
+        return self._is_in_shares or self.convert_from is not None
+
+    @property
+    def prefill_ranks(self) -> set[int]:
+        """The ranks that are read."""
+        return {rank for rank, _ in self.copies} | (self.staged.prefill_ranks if self.staged else set())
 
     def regroup_heads(self) -> None:
         """Put the heads of several sources side by side."""
-        if self.plan.shares > 1:
+        if self._is_in_shares:
             pages = self.runs.in_pages(self.plan.local.page.block_size)
             self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
 
@@ -103,6 +111,10 @@ class _StackRead:
         """Convert elements of another type. Raises ReadFailed for numbers that this cache cannot hold."""
         if self.convert_from is not None:
             self.regroup.convert(self.plan.local.page, self.runs.local(), self.convert_from)
+
+    @property
+    def _is_in_shares(self) -> bool:
+        return self.plan.shares > 1 and self.staged is None
 
 
 class WorkerHalf:
@@ -129,7 +141,8 @@ class WorkerHalf:
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         self._unsettled: list[NotLoaded] = []
-        transport.register(local.regions())
+        self._staging = staging_of(options, [stack.tensors for stack in local.stacks])
+        transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
         )
@@ -212,6 +225,10 @@ class WorkerHalf:
         queue_ms = clock.lap_ms()
         read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
+        staged = [
+            read.staged.run(self._transport, engine.sessions) for read in reads if read.staged is not None
+        ]
+        clock.lap_ms()
         for read in reads:
             read.regroup_heads()
         regroup_ms = clock.lap_ms()
@@ -225,12 +242,13 @@ class WorkerHalf:
             prompt_tokens=pull.prompt_tokens,
             tokens=pull.tokens,
             blocks=num_blocks,
-            bytes=sum(part.total_bytes for _, part in copies),
-            descriptors=sum(len(part) for _, part in copies),
-            sources=tuple(sorted({rank for rank, _ in copies})),
+            bytes=sum(part.total_bytes for _, part in copies) + sum(part.bytes for part in staged),
+            descriptors=sum(len(part) for _, part in copies) + sum(part.descriptors for part in staged),
+            sources=tuple(sorted(set().union(*(read.prefill_ranks for read in reads)))),
             queue_ms=queue_ms,
-            transfer_ms=transfer_ms,
-            regroup_ms=regroup_ms if any(read.is_raw for read in reads) else 0.0,
+            transfer_ms=transfer_ms + sum(part.transfer_ms for part in staged),
+            regroup_ms=(regroup_ms if any(read.is_raw for read in reads) else 0.0)
+            + sum(part.regroup_ms for part in staged),
         )
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
@@ -253,6 +271,10 @@ class WorkerHalf:
                     f"{len(blocks.ids)} blocks of {blocks.block_size} tokens, which {whose} names, cannot "
                     f"hold {tokens.stop} tokens"
                 )
+        if plan.shares > 1 and self._staging is not None:
+            runs = runs_of(tokens, remote, local, plan.local.num_blocks)
+            staged = self._staging.read(self._local.stacks.index(stack), plan, runs)
+            return _StackRead(stack, tokens, regroup, plan, runs, [], plans.convert_from, staged)
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])

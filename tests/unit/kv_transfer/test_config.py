@@ -45,6 +45,11 @@ WINDOWED = SlidingWindowSpec(block_size=128, sliding_window=512, **SHAPE)
             id="networks of both families",
         ),
         pytest.param(
+            {"regroup": "staged", "staging_mib": 256},
+            Options(regroup="staged", staging_mib=256),
+            id="a regroup from staging memory",
+        ),
+        pytest.param(
             {
                 "lease_s": 5,
                 "reader_threads": 4,
@@ -86,6 +91,10 @@ def test_accepted(extra, expected):
         pytest.param({"verify": "yes"}, "verify must be true or false, got 'yes'", id="no yes for true"),
         pytest.param({"peer_networks": []}, "must be a list of networks", id="no network at all"),
         pytest.param({"peer_networks": ["10.0.0.5/8"]}, "has host bits set", id="a network with a host"),
+        pytest.param(
+            {"regroup": "fast"}, "regroup must be one of operators, staged, triton", id="unknown regroup"
+        ),
+        pytest.param({"staging_mib": 0}, "staging_mib must be an integer of MiB from 1", id="no memory"),
         pytest.param({"host": 5}, "host must be an address", id="host as a number"),
         pytest.param({"prefill": 8}, "prefill must be like", id="sizes as a number"),
         pytest.param({"prefill": {"ep_size": 2}}, "prefill must be like", id="a size that nobody checks"),
