@@ -2,6 +2,7 @@
 """Engines of every kind that differ, at once: tensor and pipeline parallel, block sizes."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def test_answers_are_right(
     assert question.accepts(text_of(answer)), f"{text_of(answer)!r} is not {question.answer!r}"
     assert answer["kv_transfer_params"]["tokens"] == num_prompt_tokens - 1
     assert answer["kv_transfer_params"]["sources"] == sources
+
+
+def test_one_prefill_engine_feeds_decode_engines_of_different_sizes_at_the_same_time(engines: Engines):
+    questions = [make_question(20_000 + i, 60 + 37 * i, num_answer_tokens=12) for i in range(12)]
+    prefills, decodes = [engines.narrow] * 12, [engines.wide, engines.staged_decode] * 6
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = [text_of(answer) for answer in pool.map(hand_over, prefills, decodes, questions)]
+    assert [question.accepts(answer) for question, answer in zip(questions, answers, strict=True)] == [
+        True
+    ] * 12

@@ -65,6 +65,11 @@ def test_options_are_refused_by_name(
     assert sentence in str(refusal.value)
 
 
+def test_what_vllm_refuses_stays_refused_in_its_words(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"heads \(8\) must be divisible by tensor parallel size \(3\)"):
+        configure(checkpoints["llama"], tensor_parallel_size=3)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
