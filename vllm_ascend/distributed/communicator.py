@@ -36,7 +36,7 @@ class NPUCommunicator(DeviceCommunicatorBase):
                     f"--all2all-backend {self.all2all_backend} is for other devices; leave it out on NPUs, "
                     f"where experts spread over data-parallel ranks gather their tokens"
                 )
-            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)
+            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)  # type: ignore[no-untyped-call]
 
     def dispatch_router_logits(
         self,
@@ -54,7 +54,8 @@ class NPUCommunicator(DeviceCommunicatorBase):
     def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False) -> torch.Tensor:
         """This rank's tokens, summed over the ranks' experts."""
         assert self.all2all_manager is not None
-        return self.all2all_manager.combine(hidden_states, is_sequence_parallel)
+        combined: torch.Tensor = self.all2all_manager.combine(hidden_states, is_sequence_parallel)
+        return combined
 
     def all_gatherv(
         self,
@@ -76,14 +77,14 @@ class NPUCommunicator(DeviceCommunicatorBase):
         if sizes is None or len(set(sizes)) == 1:
             return self.reduce_scatter(input_, 0)
         longest = max(sizes)
-        padded = torch.cat([_padded(part, longest) for part in input_.split(sizes)])
+        padded = torch.cat([_padded(part, longest) for part in torch.split(input_, sizes)])
         return self.reduce_scatter(padded, 0)[: sizes[self.rank_in_group]]
 
     def _gather_rows(self, rows: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
         if sizes is None or len(set(sizes)) == 1:
             return self.all_gather(rows, 0)
         longest = max(sizes)
-        parts = self.all_gather(_padded(rows, longest), 0).split(longest)
+        parts = torch.split(self.all_gather(_padded(rows, longest), 0), longest)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
