@@ -167,14 +167,19 @@ def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> KVCacheS
 
 
 def state_shapes(model: Model, tp_size: int) -> tuple[tuple[int, ...], ...]:
-    """Of a layer's states on a rank: a convolution's of 24 channels, a recurrence's of 8 heads."""
+    """Of a layer's states on a rank: a convolution's of 24 channels, a recurrence's."""
     ranks = 1 if model.every_rank_has_states else tp_size
-    return (3, 24 // ranks), (8 // ranks, 4, 4)
+    return (3, 24 // ranks), (model.state_heads // ranks, 4, 4)
 
 
 def state_bytes(model: Model, tp_size: int) -> int:
     convolution, recurrence = state_shapes(model, tp_size)
     return 2 * math.prod(convolution) + 4 * math.prod(recurrence)
+
+
+def reader_of(layer: int) -> str:
+    """The name of the layer that reads the cache of `layer`."""
+    return f"model.layers.{100 + layer}.self_attn.attn"
 
 
 def name_of(layer: int) -> str:
@@ -229,9 +234,10 @@ class Engine:
             )
             self._allocate(rank)
             with torch.npu.device(device(rank)):
-                worker.register_kv_caches(
-                    {name_of(layer): tensor for layer, tensor in self._tensors[rank].items()}
-                )
+                tensors = {name_of(layer): tensor for layer, tensor in self._tensors[rank].items()}
+                # vLLM hands these over with the others; `cache_config` lists them or not.
+                tensors |= {reader_of(i): tensors[name_of(i)] for i in self.model.read_by_another}
+                worker.register_kv_caches(tensors)
             self.workers.append(worker)
         self.scheduler.set_xfer_handshake_metadata_pp_aware(
             {

@@ -32,8 +32,12 @@ class Model:
     """A layer keeps one row per token (MLA)."""
     state_groups: tuple[int, ...] = ()
     """KV cache groups whose layers keep recurrent state."""
+    state_heads: int = 8
+    """Heads of their recurrence."""
     every_rank_has_states: bool = False
     """Tensor parallel does not cut them."""
+    read_by_another: tuple[int, ...] = ()
+    """Layers whose cache one more layer reads, which has none of its own."""
     dtype: str = "bfloat16"
 
     @property
