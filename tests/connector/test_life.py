@@ -140,6 +140,27 @@ def test_an_answer_that_a_router_uses_twice_is_read_once(engines):
         prefill.step()
 
 
+def test_another_prompt_does_not_get_the_kv(engines, caplog_vllm):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    another = request("d", 20, params)
+    another.prompt_token_ids[7] += 1
+    decode.scheduler.on_new_request(another)
+    assert decode.scheduler.get_num_new_matched_tokens(another, 0) == (0, False)
+    assert "computed another prompt; send it one prompt per request" in caplog_vllm.text
+    assert freed_of(prefill) == {"p"}
+
+
+def test_a_prompt_that_goes_on_gets_the_kv_of_its_beginning(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted, num_external = admit(decode, "d", 40, [1, 2, 3], params)
+    assert num_external == 20
+    decode.step_until(lambda output: output.finished_recving == {"d"})
+    assert freed_of(prefill) == {"p"}
+    finish(decode, wanted)
+
+
 def test_double_and_late_and_foreign_words_are_harmless(engines):
     prefill, _ = engines
     params = prefilled(prefill, "p", 20, [1, 2])

@@ -38,6 +38,7 @@ from vllm_ascend.kv_transfer.messages import (
     Renew,
     Renewed,
     ToSum,
+    prompt_digest,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
@@ -148,6 +149,7 @@ class PrefillSide:
             "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
             "remote_lease_s": self._lease_s,
+            "remote_prompt_digest": _digest(request, num_tokens),
             "tp_size": self._tp_size,
         }
 
@@ -343,6 +345,11 @@ class DecodeSide:
                 f"{len(self._windows)}; start both with the same model and options"
             )
         tokens = Span(0, self._useful_tokens(request, remote))
+        if len(tokens) and _digest(request, remote.remote_num_tokens) != remote.remote_prompt_digest:
+            return (
+                f"prefill engine {remote.remote_engine_id} computed another prompt; send it one prompt per "
+                f"request, and the same to both engines"
+            )
         for blocks, window in zip(remote.remote_block_ids, self._windows, strict=True):
             at = positions_of(tokens_seen(tokens, window), remote.remote_block_size)
             if NULL_BLOCK in blocks[at.start : at.stop]:
@@ -351,3 +358,9 @@ class DecodeSide:
                     f"window; ask it for one token (max_tokens 1)"
                 )
         return None
+
+
+def _digest(request: Request, num_tokens: int) -> str | None:
+    """What tells the request's first `num_tokens` prompt tokens from others; None if it brings embeddings."""
+    token_ids = request.prompt_token_ids
+    return None if token_ids is None else prompt_digest(token_ids[:num_tokens])
