@@ -134,6 +134,7 @@ def remote(port: int, request_id: str, lease_s: float) -> RemotePrefill:
         remote_block_ids=((1,),),
         remote_num_tokens=1,
         remote_block_size=16,
+        remote_lease=0,
         remote_lease_s=lease_s,
         remote_prompt_digest=None,
     )

@@ -95,6 +95,7 @@ def test_a_peer_that_nobody_reaches_is_a_clean_error_and_the_next_request_works(
         "remote_block_ids": [[1, 2, 3]],
         "remote_num_tokens": 300,
         "remote_block_size": 128,
+        "remote_lease": 0,
         "remote_lease_s": 30.0,
         "remote_prompt_digest": prompt_digest([vocabulary().index(word) for word in question.prompt.split()]),
         "tp_size": 1,

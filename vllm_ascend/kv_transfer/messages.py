@@ -234,6 +234,8 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV is in these blocks."""
     remote_block_size: Size
     """Tokens per block."""
+    remote_lease: Index
+    """The number of this lease of the engine, which tells it from others of requests of the same id."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""
     remote_prompt_digest: Name | None

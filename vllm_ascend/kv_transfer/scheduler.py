@@ -9,6 +9,7 @@ request whose parameters are of no use is computed locally.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ from vllm_ascend.kv_transfer.messages import (
     prompt_digest,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
+from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
@@ -102,6 +104,7 @@ class PrefillSide:
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
+        self._lease_numbers = itertools.count()
         self._pinned: dict[str, int] = {}
         self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
@@ -148,6 +151,7 @@ class PrefillSide:
             "remote_block_ids": [list(group) for group in block_ids],
             "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
+            "remote_lease": next(self._lease_numbers),
             "remote_lease_s": self._lease_s,
             "remote_prompt_digest": _digest(request, num_tokens),
             "tp_size": self._tp_size,
@@ -224,6 +228,7 @@ class DecodeSide:
         self._windows = windows
         self._trust = trust
         self._keeper = Keeper(trust)
+        self._prompts = SharedPrompts()
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
@@ -241,15 +246,27 @@ class DecodeSide:
             return
         if complaint := self._unusable(request, remote):
             self._decline(request, complaint)
-            self._keeper.release(remote)
+            self._release_unless_wanted(remote)
             return
         self._announced[request.request_id] = remote
+        self._prompts.bring(remote, request.request_id)
         self._keeper.hold(remote)
 
-    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens beyond the local prefix hit whose KV is worth pulling."""
+    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens beyond the local prefix hit whose KV is worth pulling; None while another request does."""
         remote = self._announced.get(request.request_id)
-        return 0 if remote is None else max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        if remote is None:
+            return 0
+        num_tokens = max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        match self._prompts.state(remote):
+            case Prompt.THERE:
+                return num_tokens
+            case Prompt.PULLING:
+                return None if num_tokens else 0
+            case Prompt.PULLED:
+                return 0
+            case state:
+                assert_never(state)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
@@ -258,9 +275,10 @@ class DecodeSide:
             return
         if num_external_tokens == 0:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
-            self._keeper.release(remote)
+            self._leave(request, remote)
             return
         self._pulling[request.request_id] = remote
+        self._prompts.pull(remote, request.request_id)
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
@@ -292,6 +310,7 @@ class DecodeSide:
         """Every rank is done with the request, for better or worse."""
         remote = self._pulling.pop(request_id, None)
         if remote is not None:
+            self._prompts.pulled(remote, loaded=not failed)
             self._keeper.drop(remote)
         if failed or request_id in self._ended_early:
             self._ended_early.discard(request_id)
@@ -303,7 +322,7 @@ class DecodeSide:
         """The request ends, whatever its state. Returns what its transfer cost, for the client."""
         remote = self._announced.pop(request.request_id, None)
         if remote is not None:
-            self._keeper.release(remote)
+            self._leave(request, remote)
         if request.request_id in self._pulling:
             # Its blocks stay allocated until every rank has reported, and so do our notes.
             self._ended_early.add(request.request_id)
@@ -321,6 +340,15 @@ class DecodeSide:
     def close(self) -> None:
         """End the keeper. May be called twice."""
         self._keeper.close()
+
+    def _leave(self, request: Request, remote: RemotePrefill) -> None:
+        """The request has no use for what it brought."""
+        self._prompts.leave(remote, request.request_id)
+        self._release_unless_wanted(remote)
+
+    def _release_unless_wanted(self, remote: RemotePrefill) -> None:
+        if not self._prompts.is_wanted(remote):
+            self._keeper.release(remote)
 
     def _decline(self, request: Request, reason: object) -> None:
         logger.warning("request %s is computed here: %s", request.request_id, reason)
