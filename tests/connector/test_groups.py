@@ -153,7 +153,8 @@ def test_blocks_of_no_use_are_released_and_the_prompt_computed_here(
     one_rank_each, caplog_vllm, remote, sentence
 ):
     prefill, decode = one_rank_each
-    params = prefilled(prefill, "p", PROMPT, remote)
+    params = prefilled(prefill, "p", PROMPT, REMOTE)
+    params["remote_block_ids"] = [list(blocks) for blocks in remote]
     _, num_external = admit(decode, "d", PROMPT, LOCAL, params)
     assert num_external == 0
     assert sentence in caplog_vllm.text

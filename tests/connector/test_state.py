@@ -38,6 +38,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
+from vllm_ascend.kv_transfer.messages import prompt_digest
 
 HEADS, PROMPT = 4, 49
 REMOTE = ([17, 3, 4, 5], [0, 6, 7])
@@ -238,7 +239,11 @@ def test_layers_that_differ_are_named(model, caplog_vllm, of_prefill, sentence):
     decode = Engine(engine_config(model, 1, "kv_consumer"), STATEFUL)
     with running(prefill, decode):
         params = prefilled(prefill, "p", PROMPT, REMOTE)
-        params |= {"remote_block_ids": [REMOTE[0], [7]], "remote_num_tokens": PROMPT - 1}
+        params |= {
+            "remote_block_ids": [REMOTE[0], [7]],
+            "remote_num_tokens": PROMPT - 1,
+            "remote_prompt_digest": prompt_digest(list(range(PROMPT - 1))),
+        }
         admit(decode, "d", PROMPT, LOCAL, params)
         output = decode.step_until(lambda output: bool(output.finished_recving))
     assert output.failed_recving == {"d"}

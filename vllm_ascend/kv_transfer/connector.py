@@ -254,11 +254,13 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         elif params.get("do_remote_prefill"):
             logger.warning("request %s is computed here: this engine is no kv_consumer", request.request_id)
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         if self._decode is None:
             return 0, False
         num_tokens = self._decode.tokens_to_pull(request, num_computed_tokens)
-        return num_tokens, num_tokens > 0
+        return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

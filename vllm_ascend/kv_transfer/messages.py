@@ -9,6 +9,9 @@ stranger cannot make an engine allocate at will. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -247,8 +250,12 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV is in these blocks."""
     remote_block_size: Size
     """Tokens per block."""
+    remote_lease: Index
+    """The number of this lease of the engine, which tells it from others of requests of the same id."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""
+    remote_prompt_digest: Name | None
+    """`prompt_digest` of these tokens, so that no other prompt gets their KV; None: they have no ids."""
 
     @classmethod
     def parse(cls, params: dict[str, object]) -> RemotePrefill:
@@ -259,6 +266,11 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
             raise WireError(
                 f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
             ) from error
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 64-bit integers."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

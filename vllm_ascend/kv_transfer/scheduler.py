@@ -9,6 +9,7 @@ request whose parameters are of no use is computed locally.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,10 @@ from vllm_ascend.kv_transfer.messages import (
     Renew,
     Renewed,
     ToSum,
+    prompt_digest,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
+from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
@@ -103,6 +106,7 @@ class PrefillSide:
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
+        self._lease_numbers = itertools.count()
         self._pinned: dict[str, int] = {}
         self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
@@ -164,7 +168,9 @@ class PrefillSide:
             "remote_block_ids": [list(blocks) for blocks in readable],
             "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
+            "remote_lease": next(self._lease_numbers),
             "remote_lease_s": self._lease_s,
+            "remote_prompt_digest": _digest(request, num_tokens),
             "tp_size": self._tp_size,
         }
 
@@ -247,6 +253,7 @@ class DecodeSide:
         self._keeps = keeps
         self._trust = trust
         self._keeper = Keeper(trust)
+        self._prompts = SharedPrompts()
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
@@ -264,15 +271,27 @@ class DecodeSide:
             return
         if complaint := self._unusable(request, remote):
             self._decline(request, complaint)
-            self._keeper.release(remote)
+            self._release_unless_wanted(remote)
             return
         self._announced[request.request_id] = remote
+        self._prompts.bring(remote, request.request_id)
         self._keeper.hold(remote)
 
-    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens beyond the local prefix hit whose KV is worth pulling."""
+    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens beyond the local prefix hit whose KV is worth pulling; None while another request does."""
         remote = self._announced.get(request.request_id)
-        return 0 if remote is None else max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        if remote is None:
+            return 0
+        num_tokens = max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        match self._prompts.state(remote):
+            case Prompt.THERE:
+                return num_tokens
+            case Prompt.PULLING:
+                return None if num_tokens else 0
+            case Prompt.PULLED:
+                return 0
+            case state:
+                assert_never(state)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
@@ -281,9 +300,10 @@ class DecodeSide:
             return
         if num_external_tokens == 0:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
-            self._keeper.release(remote)
+            self._leave(request, remote)
             return
         self._pulling[request.request_id] = remote
+        self._prompts.pull(remote, request.request_id)
         useful = self._useful_tokens(request, remote)
         self._pulls.append(
             Pull(
@@ -321,6 +341,7 @@ class DecodeSide:
         """Every rank is done with the request, for better or worse."""
         remote = self._pulling.pop(request_id, None)
         if remote is not None:
+            self._prompts.pulled(remote, loaded=not failed)
             self._keeper.drop(remote)
         if failed or request_id in self._ended_early:
             self._ended_early.discard(request_id)
@@ -332,7 +353,7 @@ class DecodeSide:
         """The request ends, whatever its state. Returns what its transfer cost, for the client."""
         remote = self._announced.pop(request.request_id, None)
         if remote is not None:
-            self._keeper.release(remote)
+            self._leave(request, remote)
         if request.request_id in self._pulling:
             # Its blocks stay allocated until every rank has reported, and so do our notes.
             self._ended_early.add(request.request_id)
@@ -350,6 +371,15 @@ class DecodeSide:
     def close(self) -> None:
         """End the keeper. May be called twice."""
         self._keeper.close()
+
+    def _leave(self, request: Request, remote: RemotePrefill) -> None:
+        """The request has no use for what it brought."""
+        self._prompts.leave(remote, request.request_id)
+        self._release_unless_wanted(remote)
+
+    def _release_unless_wanted(self, remote: RemotePrefill) -> None:
+        if not self._prompts.is_wanted(remote):
+            self._keeper.release(remote)
 
     def _decline(self, request: Request, reason: object) -> None:
         logger.warning("request %s is computed here: %s", request.request_id, reason)
@@ -376,6 +406,11 @@ class DecodeSide:
                 f"{len(self._keeps)}; start both with the same model and options"
             )
         tokens = Span(0, self._useful_tokens(request, remote))
+        if len(tokens) and _digest(request, remote.remote_num_tokens) != remote.remote_prompt_digest:
+            return (
+                f"prefill engine {remote.remote_engine_id} computed another prompt; send it one prompt per "
+                f"request, and the same to both engines"
+            )
         for blocks, group in zip(remote.remote_block_ids, self._keeps, strict=True):
             if group.is_state:
                 if complaint := _unusable_state(request, remote, blocks):
@@ -424,3 +459,9 @@ def _drop_last_token(request: Request) -> None:
     # The last block's hash may have counted the token.
     del request.block_hashes[-1:]
     request.update_block_hashes()
+
+
+def _digest(request: Request, num_tokens: int) -> str | None:
+    """What tells the request's first `num_tokens` prompt tokens from others; None if it brings embeddings."""
+    token_ids = request.prompt_token_ids
+    return None if token_ids is None else prompt_digest(token_ids[:num_tokens])
