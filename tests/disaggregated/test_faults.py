@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from disaggregated.fleet import MODEL, blocks_in_use, body, complete, connector, engine_options, text_of
 from recall import make_question
-from servers import HOST, Server, ServerFailed, engine, free_port
+from servers import HOST, Server, ServerFailed, engine, free_port, started, wait_all
 
 OPTIONS = engine_options(block_size=128)
 ASK_FOR_REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -52,16 +52,9 @@ def engines(log_dir: Path) -> Iterator[Engines]:
                 "unknown-protocol", 3, "kv_consumer", kv_connector_extra_config={"protocol": "smoke"}
             ),
         )
-        everyone = list(vars(servers).values())
-        try:
-            for server in everyone:
-                server.start()
-            for server in (servers.decode, servers.stranger):
-                server.wait_ready()
+        with started(list(vars(servers).values())):
+            wait_all([servers.decode, servers.stranger])
             yield servers
-        finally:
-            for server in everyone:
-                server.stop()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints, and engines that ran on them: one process per kind of engine, all tests read its answers."""
+"""Checkpoints, and engines that run on them: started once for each kind, all tests read the answers.
+
+Engines are started before transformers computes what is expected of them, in this process, so that both go on
+at the same time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine.generate import Answer, Answers, Job
-from engine.launch import ON_EMULATOR_WITH_FLOAT32, job, run
+from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, job, run, started
 from engine.models import (
     FULL_ATTENTION_MODELS,
     NUM_NEW_TOKENS,
@@ -18,6 +23,7 @@ from engine.models import (
     RUNS,
     block_size_of,
     cache_bytes_of,
+    greedy_tokens,
     prompts_of,
 )
 
@@ -31,18 +37,29 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def float32_answers(
+def float32_engines(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Answers]:
-    """By tensor-parallel size. Every batch is asked twice, the second time with its prefixes cached.
+) -> Iterator[Running]:
+    """Engines for RUNS. Every batch is asked twice, the second time with its prefixes cached.
 
     A card's attention takes no float32, so this needs the emulator and its option.
     """
     jobs = [job_of(name, checkpoints[name], 2, "float32", size) for size, name in RUNS]
+    with started(jobs, tmp_path_factory.mktemp("float32"), ON_EMULATOR_WITH_FLOAT32) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def references(checkpoints: dict[str, Path], float32_engines: Running) -> dict[str, list[list[int]]]:
+    """By model, what transformers generates for each prompt; the engines start before this is computed."""
+    return {name: greedy_tokens(folder, prompts_of(name)) for name, folder in checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def float32_answers(float32_engines: Running) -> dict[int, Answers]:
+    """By tensor-parallel size."""
     results: dict[int, Answers] = {}
-    for (size, name), answers in zip(
-        RUNS, run(jobs, tmp_path_factory.mktemp("float32"), ON_EMULATOR_WITH_FLOAT32), strict=True
-    ):
+    for (size, name), answers in zip(RUNS, float32_engines.answers(), strict=True):
         results.setdefault(size, {})[name] = answers
     return results
 

@@ -28,11 +28,6 @@ ROUNDING_SLACK = 1.25
 """How much farther from exact arithmetic than transformers in bfloat16 an engine in bfloat16 may be."""
 
 
-@pytest.fixture(scope="session")
-def references(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
-    return {name: greedy_tokens(folder, prompts_of(name)) for name, folder in checkpoints.items()}
-
-
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_references_cannot_be_met_by_accident(
     name: str, references: dict[str, list[list[int]]], checkpoints: dict[str, Path]

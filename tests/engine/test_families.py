@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from engine.families import (
     reference,
 )
 from engine.generate import Answer
-from engine.launch import ON_EMULATOR_WITH_FLOAT32, job, run
+from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, job, started
 from engine.models import VOCAB_SIZE, random_prompts
 
 ONE_NPU = "1 NPU"
@@ -39,15 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def references(folders: dict[str, Path]) -> dict[str, Reference]:
-    return {name: reference(folder, PROMPTS) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def answers(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], list[Answer]]:
-    """By architecture and setup, one time after the other; one process starts all engines in turn."""
+def engines(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     jobs = [
         job(
             folders[name],
@@ -60,10 +53,22 @@ def answers(
         )
         for name, setup in SETUPS
     ]
-    results = run(jobs, tmp_path_factory.mktemp("families"), ON_EMULATOR_WITH_FLOAT32)
+    with started(jobs, tmp_path_factory.mktemp("engines"), ON_EMULATOR_WITH_FLOAT32) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, Path], engines: Running) -> dict[str, Reference]:
+    """The engines start before this is computed, and run at the same time."""
+    return {name: reference(folder, PROMPTS) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(engines: Running) -> dict[tuple[str, str], list[Answer]]:
+    """By architecture and setup, one time after the other."""
     return {
         setup: [answer for answers in batches for answer in answers]
-        for setup, batches in zip(SETUPS, results, strict=True)
+        for setup, batches in zip(SETUPS, engines.answers(), strict=True)
     }
 
 

@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
-        *("errors", "attention.cache_layout", "kv_transfer.messages", "kv_transfer.plan"),
-        *("kv_transfer.topology", "kv_transfer.transport"),
+        *("errors", "attention.cache_layout", "kv_transfer.blocks", "kv_transfer.messages"),
+        *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
     },
     "kv_transfer.pairing": {
         *("errors", "attention.cache_layout", "kv_transfer.config", "kv_transfer.local"),

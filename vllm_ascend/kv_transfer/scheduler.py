@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from vllm_ascend.errors import PeerNotAdmitted, WireError
-from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, positions_of, tokens_seen
+from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, Keeps, positions_of, state_block, tokens_seen
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.keeper import Keeper
 from vllm_ascend.kv_transfer.lease import LeaseTable
@@ -88,6 +88,7 @@ class PrefillSide:
         lease_s: float,
         tp_size: int,
         block_size: int,
+        keeps: Sequence[Keeps],
         trust: Trust,
         verify: bool,
     ) -> None:
@@ -97,6 +98,7 @@ class PrefillSide:
         self._lease_s = lease_s
         self._tp_size = tp_size
         self._block_size = block_size
+        self._keeps = keeps
         self._verify = verify
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
@@ -123,6 +125,16 @@ class PrefillSide:
         """What to answer when peers ask who this is."""
         self._engine = engine
 
+    def announce(self, request: Request) -> None:
+        """Note a request whose KV another engine will read, before any of it is computed.
+
+        Decode runs the prompt's last token itself, and state cannot be taken back by a token as KV can. So
+        with recurrent state the prompt ends one token earlier here.
+        """
+        # A request that is to compute its whole prompt, such as for its logprobs, does so at both engines.
+        if any(group.is_state for group in self._keeps) and not request.skip_reading_prefix_cache:
+            _drop_last_token(request)
+
     def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, Params | None]:
         """Whether to hold the finished request's blocks, and what to tell the router about them."""
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
@@ -132,11 +144,16 @@ class PrefillSide:
             block != NULL_BLOCK for blocks in block_ids for block in blocks
         )
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        readable = tuple(
+            self._readable(request, group, blocks)
+            for group, blocks in zip(self._keeps, block_ids, strict=True)
+        )
         if self._verify:
             # The last prompt token is never of use to decode, which computes its KV itself.
-            useful = min(num_tokens, request.num_prompt_tokens - 1)
+            has_state = any(group.is_state for group in self._keeps)
+            useful = num_tokens if has_state else min(num_tokens, request.num_prompt_tokens - 1)
             self._sums.expect(request.request_id, useful)
-            self._to_sum.append(ToSum(request.request_id, tuple(tuple(group) for group in block_ids), useful))
+            self._to_sum.append(ToSum(request.request_id, readable, useful))
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -144,7 +161,7 @@ class PrefillSide:
             "remote_request_id": request.request_id,
             "remote_host": self._listener.host,
             "remote_port": self._listener.port,
-            "remote_block_ids": [list(group) for group in block_ids],
+            "remote_block_ids": [list(blocks) for blocks in readable],
             "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
             "remote_lease_s": self._lease_s,
@@ -191,6 +208,14 @@ class PrefillSide:
         """Free the port. May be called twice."""
         self._listener.close()
 
+    def _readable(self, request: Request, group: Keeps, blocks: Sequence[int]) -> tuple[int, ...]:
+        """Of a finished request's blocks in a group, those that decode is told of."""
+        if group.tokens_per_state is None:
+            return tuple(blocks)
+        if request.num_computed_tokens != request.num_prompt_tokens:
+            return (NULL_BLOCK,)
+        return (state_block(blocks, request.num_prompt_tokens, group.tokens_per_state),)
+
     def _answer(self, question: Question) -> Answer:
         if self._engine is None:
             return Refused(reason="it is still starting; ask again")
@@ -217,9 +242,9 @@ class PrefillSide:
 class DecodeSide:
     """Requests whose prompt another engine has computed, from their arrival to their end."""
 
-    def __init__(self, windows: Sequence[int | None], trust: Trust) -> None:
-        """`windows`: for each KV cache group the tokens of its sliding window, None where it has none."""
-        self._windows = windows
+    def __init__(self, keeps: Sequence[Keeps], trust: Trust) -> None:
+        """`keeps`: for each KV cache group, what of a request's tokens it keeps."""
+        self._keeps = keeps
         self._trust = trust
         self._keeper = Keeper(trust)
         self._announced: dict[str, RemotePrefill] = {}
@@ -259,12 +284,18 @@ class DecodeSide:
             self._keeper.release(remote)
             return
         self._pulling[request.request_id] = remote
+        useful = self._useful_tokens(request, remote)
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
                 remote=remote,
-                local_blocks=tuple(tuple(group) for group in blocks.get_block_ids()),
-                first_token=self._useful_tokens(request, remote) - num_external_tokens,
+                local_blocks=tuple(
+                    tuple(ids)
+                    if group.tokens_per_state is None
+                    else (state_block(ids, useful, group.tokens_per_state),)
+                    for group, ids in zip(self._keeps, blocks.get_block_ids(), strict=True)
+                ),
+                first_token=useful - num_external_tokens,
                 tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
             )
@@ -329,25 +360,67 @@ class DecodeSide:
 
         The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
         """
-        num_blocks = min(len(blocks) for blocks in remote.remote_block_ids)
-        return min(
-            request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * remote.remote_block_size
-        )
+        rooms = [
+            len(blocks) * remote.remote_block_size
+            for group, blocks in zip(self._keeps, remote.remote_block_ids, strict=True)
+            if not group.is_state
+        ]
+        return min(request.num_prompt_tokens - 1, remote.remote_num_tokens, *rooms)
 
     def _unusable(self, request: Request, remote: RemotePrefill) -> str | None:
         """A sentence on why the prefill engine's blocks cannot be pulled, or None."""
         found = len(remote.remote_block_ids)
-        if found != len(self._windows):
+        if found != len(self._keeps):
             return (
                 f"prefill engine {remote.remote_engine_id} has {found} KV cache groups and this engine "
-                f"{len(self._windows)}; start both with the same model and options"
+                f"{len(self._keeps)}; start both with the same model and options"
             )
         tokens = Span(0, self._useful_tokens(request, remote))
-        for blocks, window in zip(remote.remote_block_ids, self._windows, strict=True):
-            at = positions_of(tokens_seen(tokens, window), remote.remote_block_size)
+        for blocks, group in zip(remote.remote_block_ids, self._keeps, strict=True):
+            if group.is_state:
+                if complaint := _unusable_state(request, remote, blocks):
+                    return complaint
+                continue
+            at = positions_of(tokens_seen(tokens, group.window), remote.remote_block_size)
             if NULL_BLOCK in blocks[at.start : at.stop]:
                 return (
                     f"prefill engine {remote.remote_engine_id} has given away blocks inside the sliding "
                     f"window; ask it for one token (max_tokens 1)"
                 )
         return None
+
+
+def _unusable_state(request: Request, remote: RemotePrefill, blocks: Sequence[int]) -> str | None:
+    wanted = request.num_prompt_tokens - 1
+    if wanted == 0:
+        return None
+    if len(blocks) != 1 or remote.remote_num_tokens != wanted:
+        return (
+            f"prefill engine {remote.remote_engine_id} has {len(blocks)} blocks of recurrent state after "
+            f"{remote.remote_num_tokens} tokens and this engine needs the one after {wanted}; send both the "
+            f"same prompt, and start them with the same model and options"
+        )
+    if blocks[0] == NULL_BLOCK:
+        return (
+            f"the recurrent state of prefill engine {remote.remote_engine_id} has gone on behind the prompt; "
+            f"ask it for one token (max_tokens 1)"
+        )
+    return None
+
+
+def _drop_last_token(request: Request) -> None:
+    """End the request's prompt one token earlier, unless it has only one.
+
+    vLLM has no call for this. Its `Request` keeps the prompt in several places, which must agree.
+    """
+    if request.num_prompt_tokens < 2:
+        return
+    # New ones: the output processor may hold the old, in the same process.
+    for name in ("prompt_token_ids", "prompt_is_token_ids", "prompt_embeds"):
+        if (prompt := getattr(request, name)) is not None:
+            setattr(request, name, prompt[:-1])
+    del request._all_token_ids[-1]
+    request.num_prompt_tokens -= 1
+    # The last block's hash may have counted the token.
+    del request.block_hashes[-1:]
+    request.update_block_hashes()

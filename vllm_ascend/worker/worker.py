@@ -33,6 +33,9 @@ class NPUWorker(Worker):
         distributed_init_method: str,
         is_driver_worker: bool = False,
     ) -> None:
+        # What was imported stays as long as the process. A start measures memory again and again, each time
+        # after a collection of garbage; going through half a million lasting objects took most of its time.
+        gc.freeze()
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         # Before the model is built, which looks the layers up.
         activation.register()
