@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from connector.topologies import LAYERS, Model
+from connector.topologies import HEAD_SIZE, LAYERS, Model
 from vllm.config import (
     CacheConfig,
     KVTransferConfig,
@@ -47,7 +47,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
-BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 16, 24, 16
+BLOCK_SIZE, NUM_BLOCKS = 16, 24
 
 Blocks = list[int] | tuple[list[int], ...]
 """A request's blocks, of the only KV cache group or of each."""
@@ -123,7 +123,11 @@ def engine_config(
 
 
 def cache_config(
-    model: Model, tp_size: int, block_size: int = BLOCK_SIZE, layers: range = range(LAYERS)
+    model: Model,
+    tp_size: int,
+    block_size: int = BLOCK_SIZE,
+    layers: range = range(LAYERS),
+    num_blocks: int = NUM_BLOCKS,
 ) -> KVCacheConfig:
     """What vLLM gives a rank that has `layers` of the model."""
     groups = []
@@ -135,14 +139,14 @@ def cache_config(
         alike = all(spec == first for spec in specs.values())
         spec = first if alike else UniformTypeKVCacheSpecs(block_size=block_size, kv_cache_specs=specs)
         groups.append(KVCacheGroupSpec(list(specs), spec))
-    return KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> AttentionSpec:
     shape = {
         "block_size": block_size,
         "num_kv_heads": model.heads_on_a_rank(tp_size, layer),
-        "head_size": HEAD_SIZE,
+        "head_size": model.head_size,
         "dtype": getattr(torch, model.dtype),
     }
     if model.latent:
@@ -169,12 +173,14 @@ class Engine:
         pages_per_block: int = 1,
         layers_per_stage: Sequence[int] | None = None,
         connector: type[MooncakeConnector] = MooncakeConnector,
+        num_blocks: int = NUM_BLOCKS,
     ) -> None:
         """`model`: an integer is a plain model's number of KV heads.
 
         `pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler.
         """
         self._connector_class = connector
+        self._num_blocks = num_blocks
         self.model = model if isinstance(model, Model) else Model(model)
         self.tp_size = config.parallel_config.tensor_parallel_size
         layers_per_stage = layers_per_stage or (self.model.num_layers,)
@@ -186,7 +192,10 @@ class Engine:
         self._stages = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         self.block_size = config.cache_config.block_size
         self.page_size = self.block_size // pages_per_block
-        caches = [cache_config(self.model, self.tp_size, self.block_size, layers) for layers in self._stages]
+        caches = [
+            cache_config(self.model, self.tp_size, self.block_size, layers, num_blocks)
+            for layers in self._stages
+        ]
         self._closing: list[MooncakeConnector] = []
         self.scheduler = self._connector(config, KVConnectorRole.SCHEDULER, caches[0])
         self.workers = []
@@ -221,13 +230,14 @@ class Engine:
         """
         memory = self._memory[rank].view(torch.int16)
         layers, num_pages, heads, page_size, content = memory.shape
-        return memory.view(layers, num_pages, content // HEAD_SIZE, page_size, heads, HEAD_SIZE)
+        head_size = self.model.head_size
+        return memory.view(layers, num_pages, content // head_size, page_size, heads, head_size)
 
     def layer(self, rank: int, layer: int) -> torch.Tensor:
         """One layer, its own memory, as bits [page, plane, token, head, dim]."""
         tensor = self._tensors[rank][layer].view(torch.int16)
         heads = self.model.heads_on_a_rank(self.tp_size, layer)
-        return tensor.view(len(tensor), -1, self.page_size, heads, HEAD_SIZE)
+        return tensor.view(len(tensor), -1, self.page_size, heads, self.model.head_size)
 
     def layers_at(self, rank: int, layer: int) -> list[int]:
         """The layers that share the layer's memory, itself among them."""
@@ -303,9 +313,9 @@ class Engine:
         self._tensors.append({i: t.squeeze(1) if model.latent else t for i, t in tensors.items()})
 
     def _zeros(self, rank: int, num_layers: int, heads: int) -> torch.Tensor:
-        num_pages = NUM_BLOCKS * self.block_size // self.page_size
+        num_pages = self._num_blocks * self.block_size // self.page_size
         planes = 1 if self.model.latent else 2
-        shape = (num_layers, num_pages, heads, self.page_size, planes * HEAD_SIZE)
+        shape = (num_layers, num_pages, heads, self.page_size, planes * self.model.head_size)
         return torch.zeros(shape, dtype=getattr(torch, self.model.dtype), device=device(rank))
 
     def _connector(

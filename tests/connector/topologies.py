@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "kv_transfer.md"
 BEGIN, END = "<!-- tests/connector/topologies.py writes from here -->\n", "<!-- to here -->\n"
 
 
-LAYERS = 3
+LAYERS, HEAD_SIZE = 3, 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Model:
     latent: bool = False
     """A layer keeps one row per token (MLA)."""
     dtype: str = "bfloat16"
+    head_size: int = HEAD_SIZE
 
     @property
     def num_layers(self) -> int:
