@@ -17,12 +17,12 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch_npu
+from cases import HEAD_SIZE, HEADS, Case, cases
 from plot import Chart
 
 from vllm_ascend.kv_transfer.blocks import neighbours
@@ -30,7 +30,6 @@ from vllm_ascend.kv_transfer.place import PerLayer
 from vllm_ascend.kv_transfer.plan import share_positions
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Regroup
 
-TOKENS, HEADS, HEAD_SIZE = 2048, 8, 128
 ROUNDS = 30
 GOAL = 1.5
 """Times one copy of the same bytes."""
@@ -38,32 +37,8 @@ GOAL = 1.5
 DEVICE = torch.device("npu", 0)
 
 
-@dataclass(frozen=True)
-class Case:
-    num_layers: int
-    block_size: int
-    shares: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_layers} layers, blocks of {self.block_size}, {self.shares} shares"
-
-    @property
-    def num_pages(self) -> int:
-        return TOKENS // self.block_size
-
-    @property
-    def page_bytes(self) -> int:
-        return 2 * self.block_size * HEADS * HEAD_SIZE * torch.bfloat16.itemsize
-
-
 def measure(case: Case) -> dict[str, object]:
-    staged = torch.randint(
-        -128,
-        128,
-        (case.num_layers, case.shares, case.num_pages, case.page_bytes // case.shares),
-        dtype=torch.int8,
-    ).to(DEVICE)
+    staged = torch.randint(-128, 128, case.staged_shape, dtype=torch.int8).to(DEVICE)
     view = (2 * case.num_pages, HEADS, case.block_size, 2 * HEAD_SIZE)
     layers = [torch.zeros(view, dtype=torch.bfloat16, device=DEVICE) for _ in range(case.num_layers)]
     local = np.random.default_rng(0).permutation(2 * case.num_pages)[: case.num_pages]
@@ -121,8 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch_npu.npu.set_device(DEVICE)
     results = []
-    for block_size, shares in itertools.product((16, 128), (2, 4, 8)):
-        results.append(measure(Case(arguments.layers, block_size, shares)))
+    for case in cases([arguments.layers]):
+        results.append(measure(case))
         print(json.dumps(results[-1]), flush=True)
     Chart(
         title="Regroup of 2,048 tokens, 8 heads × 128, bf16, on the emulated device",

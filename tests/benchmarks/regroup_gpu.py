@@ -12,37 +12,21 @@ and draws them into docs/.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cases import HEAD_SIZE, HEADS, Case, cases
 from plot import Chart
 
 from vllm_ascend.kv_transfer.place_kernel import OneLaunch
 
-TOKENS, HEADS, HEAD_SIZE = 2048, 8, 128
 ROUNDS, WARM_UP = 30, 5
 GOAL = 1.08
 """Times one copy of the same bytes."""
-
-
-@dataclass(frozen=True)
-class Case:
-    num_layers: int
-    block_size: int
-    shares: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_layers} layers, blocks of {self.block_size}, {self.shares} shares"
-
-    @property
-    def num_pages(self) -> int:
-        return TOKENS // self.block_size
 
 
 class Memory:
@@ -51,16 +35,11 @@ class Memory:
     def __init__(self, case: Case) -> None:
         self.case = case
         page_shape = (HEADS, case.block_size, 2 * HEAD_SIZE)
-        page_bytes = 2 * TOKENS // case.num_pages * HEADS * HEAD_SIZE * torch.bfloat16.itemsize
         self.layers = [
-            _random(2 * case.num_pages * page_bytes).view(torch.bfloat16).view(-1, *page_shape)
+            _random(2 * case.num_pages * case.page_bytes).view(torch.bfloat16).view(-1, *page_shape)
             for _ in range(case.num_layers)
         ]
-        piece_bytes = page_bytes // case.shares
-        pieces = case.num_layers * case.shares * case.num_pages
-        self.staged = _random(pieces * piece_bytes).view(
-            case.num_layers, case.shares, case.num_pages, piece_bytes
-        )
+        self.staged = _random(math.prod(case.staged_shape)).view(case.staged_shape)
         self.pages = torch.randperm(2 * case.num_pages)[: case.num_pages]
         self.copied = torch.empty_like(self.staged)
 
@@ -156,8 +135,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=plot, help="where to draw the result")
     arguments = parser.parse_args()
     results = []
-    for num_layers, block_size, shares in itertools.product((61, 32), (16, 128), (2, 4, 8)):
-        results.append(measure(Case(num_layers, block_size, shares)))
+    for case in cases([61, 32]):
+        results.append(measure(case))
         print(json.dumps(results[-1]), flush=True)
     Chart(
         title=f"Regroup of 2,048 tokens, 8 heads × 128, bf16, on {torch.cuda.get_device_name()}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from connector.topologies import LAYERS, Model
+from connector.topologies import HEAD_SIZE, LAYERS, Model
 from vllm.config import (
     CacheConfig,
     KVTransferConfig,
@@ -49,7 +49,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
-BLOCK_SIZE, NUM_BLOCKS, HEAD_SIZE = 16, 24, 16
+BLOCK_SIZE, NUM_BLOCKS = 16, 24
 
 Blocks = list[int] | tuple[list[int], ...]
 """A request's blocks, of the only KV cache group or of each."""
@@ -130,6 +130,7 @@ def cache_config(
     block_size: int = BLOCK_SIZE,
     layers: range = range(LAYERS),
     tokens_per_state: int | None = None,
+    num_blocks: int = NUM_BLOCKS,
 ) -> KVCacheConfig:
     """What vLLM gives a rank that has `layers` of the model."""
     groups = []
@@ -142,7 +143,7 @@ def cache_config(
         alike = all(spec == first for spec in specs.values())
         spec = first if alike else UniformTypeKVCacheSpecs(block_size=block_size, kv_cache_specs=specs)
         groups.append(KVCacheGroupSpec(list(specs), spec))
-    return KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> KVCacheSpec:
@@ -156,7 +157,7 @@ def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> KVCacheS
     shape = {
         "block_size": block_size,
         "num_kv_heads": model.heads_on_a_rank(tp_size, layer),
-        "head_size": HEAD_SIZE,
+        "head_size": model.head_size,
         "dtype": getattr(torch, model.dtype),
     }
     if model.latent:
@@ -200,6 +201,7 @@ class Engine:
         layers_per_stage: Sequence[int] | None = None,
         connector: type[MooncakeConnector] = MooncakeConnector,
         tokens_per_state: int | None = None,
+        num_blocks: int = NUM_BLOCKS,
     ) -> None:
         """`model`: an integer is a plain model's number of KV heads.
 
@@ -207,6 +209,7 @@ class Engine:
         `tokens_per_state`: after how many tokens vLLM keeps state in another block, if not those of a block.
         """
         self._connector_class = connector
+        self._num_blocks = num_blocks
         self.model = model if isinstance(model, Model) else Model(model)
         self.tp_size = config.parallel_config.tensor_parallel_size
         layers_per_stage = layers_per_stage or (self.model.num_layers,)
@@ -219,7 +222,7 @@ class Engine:
         self.block_size = config.cache_config.block_size
         self.page_size = self.block_size // pages_per_block
         caches = [
-            cache_config(self.model, self.tp_size, self.block_size, layers, tokens_per_state)
+            cache_config(self.model, self.tp_size, self.block_size, layers, tokens_per_state, num_blocks)
             for layers in self._stages
         ]
         self._closing: list[MooncakeConnector] = []
@@ -258,13 +261,14 @@ class Engine:
         """
         memory = self._memory[rank].view(torch.int16)
         layers, num_pages, heads, page_size, content = memory.shape
-        return memory.view(layers, num_pages, content // HEAD_SIZE, page_size, heads, HEAD_SIZE)
+        head_size = self.model.head_size
+        return memory.view(layers, num_pages, content // head_size, page_size, heads, head_size)
 
     def layer(self, rank: int, layer: int) -> torch.Tensor:
         """One layer, its own memory, as bits [page, plane, token, head, dim]."""
         tensor = self._tensors[rank][layer].view(torch.int16)
         heads = self.model.heads_on_a_rank(self.tp_size, layer)
-        return tensor.view(len(tensor), -1, self.page_size, heads, HEAD_SIZE)
+        return tensor.view(len(tensor), -1, self.page_size, heads, self.model.head_size)
 
     def row(self, rank: int, layer: int) -> torch.Tensor:
         """The layer's memory, with what pads its pages, as bytes [block, byte]."""
@@ -344,7 +348,7 @@ class Engine:
             heads = model.heads_on_a_rank(self.tp_size, model.num_layers)
             (tensors[model.num_layers],) = self._zeros(rank, 1, heads)
         self._memory.append(memory)
-        rows = {i: tensor.view(torch.int8).view(NUM_BLOCKS, -1) for i, tensor in tensors.items()}
+        rows = {i: tensor.view(torch.int8).view(self._num_blocks, -1) for i, tensor in tensors.items()}
         self._rows.append(rows)
         for i in filter(model.keeps_state, layers):
             states = rows[i][:, : state_bytes(model, self.tp_size)]
@@ -353,9 +357,9 @@ class Engine:
         self._tensors.append({i: t.squeeze(1) if model.latent else t for i, t in tensors.items()})
 
     def _zeros(self, rank: int, num_layers: int, heads: int) -> torch.Tensor:
-        num_pages = NUM_BLOCKS * self.block_size // self.page_size
+        num_pages = self._num_blocks * self.block_size // self.page_size
         planes = 1 if self.model.latent else 2
-        shape = (num_layers, num_pages, heads, self.page_size, planes * HEAD_SIZE)
+        shape = (num_layers, num_pages, heads, self.page_size, planes * self.model.head_size)
         return torch.zeros(shape, dtype=getattr(torch, self.model.dtype), device=device(rank))
 
     def _connector(

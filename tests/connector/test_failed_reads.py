@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +140,55 @@ def test_others_are_read_while_one_settles(engines):
     output = decode.step_until(lambda output: bool(output.finished_recving))
     assert output.failed_recving == {"d1"}
     prefill.step_until(lambda output: output.finished_sending == {"p2"}, 5)
+
+
+def test_the_sources_of_a_request_are_read_at_the_same_time(engines):
+    prefill, decode, transport = engines
+    both = threading.Barrier(2)
+
+    def with_the_other(read: Read, peer: Session, copies: Copies) -> None:
+        both.wait(5)
+        read(peer, copies)
+
+    transport.faults += [with_the_other, with_the_other]
+    admit(decode, "d", PROMPT, LOCAL, prefilled(prefill, "p", PROMPT, REMOTE))
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert not output.failed_recving
+    prefill.step_until(lambda output: output.finished_sending == {"p"}, 5)
+
+
+def test_a_peer_that_stalls_holds_up_no_other_which_is_asked_once_who_it_is(engines, tmp_path, caplog_vllm):
+    prefill, decode, transport = engines
+    stalls = {worker.get_handshake_metadata().regions.session for worker in prefill.workers}
+    stalling, gate = threading.Event(), threading.Event()
+
+    def stalled(read: Read, peer: Session, copies: Copies) -> None:
+        if peer in stalls:
+            stalling.set()
+            assert gate.wait(20)
+        read(peer, copies)
+
+    caplog_vllm.set_level(logging.INFO, logger="vllm")
+    other = Engine(engine_config(model_folder(tmp_path, HEADS), 1, "kv_producer"), HEADS)
+    with running(other), contextlib.ExitStack() as ending:
+        ending.callback(gate.set)
+        transport.faults += [stalled] * 100
+        for number in range(5):
+            blocks = [2 + 2 * number, 3 + 2 * number]
+            admit(decode, f"s{number}", PROMPT, blocks, prefilled(prefill, f"s{number}", PROMPT, REMOTE))
+        decode.step_until(lambda _: stalling.is_set())
+        for number in range(4):
+            blocks = [12 + 2 * number, 13 + 2 * number]
+            admit(decode, f"o{number}", PROMPT, blocks, prefilled(other, f"o{number}", PROMPT, REMOTE))
+        loaded: set[str] = set()
+        decode.step_until(lambda output: loaded.update(output.finished_recving or ()) or len(loaded) == 4)
+        assert loaded == {"o0", "o1", "o2", "o3"}
+        gate.set()
+        decode.step_until(lambda output: loaded.update(output.finished_recving or ()) or len(loaded) == 9)
+        transport.faults.clear()
+        assert len({record for record in caplog_vllm.records if "joined: tp=1" in record.getMessage()}) == 1
+        freed: set[str] = set()
+        prefill.step_until(lambda output: freed.update(output.finished_sending or ()) or len(freed) == 5)
 
 
 def test_mooncake_knows_when_what_it_could_not_read_has_ended(engines):

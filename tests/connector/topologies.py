@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "kv_transfer.md"
 BEGIN, END = "<!-- tests/connector/topologies.py writes from here -->\n", "<!-- to here -->\n"
 
 
-LAYERS = 3
+LAYERS, HEAD_SIZE = 3, 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Model:
     read_by_another: tuple[int, ...] = ()
     """Layers whose cache one more layer reads, which has none of its own."""
     dtype: str = "bfloat16"
+    head_size: int = HEAD_SIZE
 
     @property
     def num_layers(self) -> int:

@@ -45,8 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
-        *("kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.topology"),
-        *("kv_transfer.staged", "kv_transfer.transport"),
+        *("kv_transfer.peers", "kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup"),
+        *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport"),
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
@@ -67,7 +67,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.handshake": {
         *("errors", "envs", "kv_transfer.door", "kv_transfer.messages", "kv_transfer.trust"),
     },
-    "kv_transfer.reader": {"errors", "envs", "kv_transfer.regroup", "kv_transfer.transport"},
+    "kv_transfer.reader": {"errors", "kv_transfer.transport", "kv_transfer.turns"},
+    "kv_transfer.turns": set(),
+    "kv_transfer.peers": {"errors"},
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
     "kv_transfer.windows": {"errors", "kv_transfer.plan", "kv_transfer.transport"},
     "kv_transfer.staged": {
@@ -90,10 +92,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
     *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
-    "kv_transfer.windows",
+    *("kv_transfer.turns", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
-    *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.reader", "kv_transfer.trust"),
+    *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.peers", "kv_transfer.reader"),
+    "kv_transfer.trust",
 }
 
 

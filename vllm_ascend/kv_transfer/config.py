@@ -47,8 +47,8 @@ class Options:
     """Address that the listener binds and peers are told; None: VLLM_HOST_IP if set, else 127.0.0.1."""
     lease_s: float = 30.0
     """Prefill: how long a finished request's blocks wait for a sign of the decode engine."""
-    reader_threads: int = 2
-    """Decode: how many requests a rank reads at the same time."""
+    reader_threads: int = 4
+    """Decode: how many requests a rank reads at the same time; half of them at most from one peer."""
     peer_timeout_s: float = 5.0
     """Decode: how long to wait for a prefill engine's answer."""
     read_timeout_s: float = 10.0
@@ -59,7 +59,7 @@ class Options:
     """Where peers may be, on either side; none listed: anywhere."""
     regroup: str = "operators"
     """Decode: how heads of several sources get side by side, one of REGROUPS."""
-    staging_mib: int = 64
+    staging_mib: int = 128
     """Decode, unless regroup is `operators`: device memory that pieces are read into first."""
     prefill: Sizes = Sizes()
     decode: Sizes = Sizes()

@@ -15,6 +15,7 @@ seconds on the monotonic clock, given by the caller.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -34,12 +35,14 @@ class Freed:
     """The lease ended first."""
 
 
+NONE_FREED = Freed(frozenset(), frozenset())
+
+
 @dataclass
 class _Lease:
     seconds: float
     ends_at_s: float
     done: set[str] = field(default_factory=set)
-    released: bool = False
 
 
 class LeaseTable:
@@ -48,8 +51,11 @@ class LeaseTable:
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
+        self._released: set[str] = set()
+        # No lease ends before: the engine, which looks in each step, looks through all of them only then.
+        self._none_ends_before_s = float("inf")
         self._counts: Counter[str] = Counter()
-        # Freed requests, with the readers that were done in time and the time at which to forget them.
+        # Freed requests, in this order, with the readers that were done in time and when to forget them.
         self._remembered: dict[str, tuple[frozenset[str], float]] = {}
 
     def __len__(self) -> int:
@@ -61,6 +67,8 @@ class LeaseTable:
         """Hold the blocks of `request_id` until `seconds` after the last renewal."""
         with self._lock:
             self._leases[request_id] = _Lease(seconds, now_s + seconds)
+            self._none_ends_before_s = min(self._none_ends_before_s, now_s + seconds)
+            self._released.discard(request_id)
             self._counts["leases_granted"] += 1
             self._remembered.pop(request_id, None)
 
@@ -89,37 +97,39 @@ class LeaseTable:
                 return reader in in_time
             # A lease past its end still holds until `take_freed` gives the blocks away.
             lease.done.add(reader)
-            lease.released = lease.released or len(lease.done) >= num_readers
-            self._lock.notify_all()
+            if len(lease.done) >= num_readers:
+                self._released.add(request_id)
+                self._lock.notify_all()
             return True
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Note that nobody will read these. Unknown ones are ignored: they were freed before."""
         with self._lock:
-            for request_id in request_ids:
-                lease = self._leases.get(request_id)
-                if lease is not None:
-                    lease.released = True
+            self._released.update(request_id for request_id in request_ids if request_id in self._leases)
             self._lock.notify_all()
 
     def await_release(self, longest_s: float) -> None:
         """Return when some lease was released, at the latest after `longest_s`; at once if none is held."""
         with self._lock:
-            self._lock.wait_for(
-                lambda: not self._leases or any(lease.released for lease in self._leases.values()), longest_s
-            )
+            self._lock.wait_for(lambda: not self._leases or bool(self._released), longest_s)
 
     def take_counts(self) -> dict[str, int]:
         """How many leases were granted, renewed, read and expired since the last call, as metrics name it."""
+        if not self._counts:
+            return {}
         with self._lock:
             counts, self._counts = self._counts, Counter()
             return dict(counts)
 
     def take_freed(self, now_s: float) -> Freed:
         """Remove and return the leases that were released or have ended. The caller frees their blocks."""
+        # Looked at in every step, so without the lock, which the listener may have. What it misses now it
+        # sees in the next step.
+        if not self._released and now_s < self._none_ends_before_s:
+            return NONE_FREED
         with self._lock:
-            read = {request_id for request_id, lease in self._leases.items() if lease.released}
-            ended = {request_id for request_id, lease in self._leases.items() if lease.ends_at_s <= now_s}
+            read, self._released = self._released, set()
+            ended = self._ended(now_s) if self._none_ends_before_s <= now_s else set()
             for request_id in read | ended:
                 lease = self._leases.pop(request_id)
                 self._remembered[request_id] = (frozenset(lease.done), now_s + REMEMBERED_S)
@@ -127,6 +137,13 @@ class LeaseTable:
             self._forget(now_s)
         return Freed(frozenset(read), frozenset(ended - read))
 
+    def _ended(self, now_s: float) -> set[str]:
+        ends = {request_id: lease.ends_at_s for request_id, lease in self._leases.items()}
+        ended = {request_id for request_id, at_s in ends.items() if at_s <= now_s}
+        self._none_ends_before_s = min((at_s for at_s in ends.values() if at_s > now_s), default=float("inf"))
+        return ended
+
     def _forget(self, now_s: float) -> None:
-        for request_id in [known for known, (_, at_s) in self._remembered.items() if at_s <= now_s]:
+        forgotten = itertools.takewhile(lambda one: one[1][1] <= now_s, self._remembered.items())
+        for request_id in [request_id for request_id, _ in forgotten]:
             del self._remembered[request_id]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -45,8 +45,7 @@ class TransferNumbers:
     def as_params(self) -> dict[str, Any]:
         """For the answer to the client, as plain JSON; milliseconds to the microsecond."""
         return {
-            name: round(value, 3) if isinstance(value, float) else value
-            for name, value in asdict(self).items()
+            name: round(value, 3) if isinstance(value, float) else value for name, value in vars(self).items()
         }
 
 

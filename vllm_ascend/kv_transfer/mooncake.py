@@ -35,7 +35,12 @@ _MOST_UNDER_WAY = 256
 _PIECE_BYTES = 4 << 20
 """Longest range that is asked for over TCP: the unit of progress, and of sharing a peer's connections."""
 
-_LOOK_EVERY_S = 0.0002
+_LOOK_EVERY_S, _LOOK_RARELY_S = 0.0002, 0.001
+"""Pause between looks at what is under way: the first after progress, twice as long each time without any."""
+
+_LOOK_PAST = 8
+"""Ranges end about in their order: a look ends at so many that have not. Each costs the engine's thread time,
+which needs Python's lock, too."""
 
 _FAILED_BATCH_ENDS_S = 30.0
 
@@ -115,7 +120,7 @@ class MooncakeTransport:
     def _read_ranges(self, peer: Session, copies: Copies) -> None:
         left = copies.pieces(_PIECE_BYTES)
         under_way = _UnderWay(self)
-        progress_s = time.monotonic()
+        progress_s, pause_s = time.monotonic(), _LOOK_EVERY_S
         while self._ask_for(peer, left, under_way) or under_way.batches:
             ended = under_way.look()
             now_s = time.monotonic()
@@ -126,7 +131,7 @@ class MooncakeTransport:
                     under_way.settled,
                 )
             if ended:
-                progress_s = now_s
+                progress_s, pause_s = now_s, _LOOK_EVERY_S
             elif now_s - progress_s > self._timeout_s:
                 raise ReadUnsettled(
                     f"nothing came from {peer} for {self._timeout_s:g} s, with {len(under_way.batches)} "
@@ -134,7 +139,8 @@ class MooncakeTransport:
                     under_way.settled,
                 )
             else:
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LOOK_RARELY_S)
 
     def _ask_for(self, peer: Session, left: Iterator[tuple[int, int, int]], under_way: _UnderWay) -> bool:
         """Fill up `under_way` from what is `left`. Returns whether any was."""
@@ -174,16 +180,22 @@ class _UnderWay:
         self.failed = 0
 
     def look(self) -> int:
-        """How many have ended since the last look."""
+        """How many were found to have ended since the last look; 0 only if none of the oldest has."""
         # A batch may be asked no more once it has ended, by whichever thread.
         with self._lock:
-            before = len(self.batches)
-            self.batches = [batch for batch in self.batches if not self._ended(batch)]
-            return before - len(self.batches)
+            going_on: list[int] = []
+            looked = 0
+            while looked < len(self.batches) and len(going_on) < _LOOK_PAST:
+                if not self._ended(self.batches[looked]):
+                    going_on.append(self.batches[looked])
+                looked += 1
+            self.batches = going_on + self.batches[looked:]
+            return looked - len(going_on)
 
     def settled(self) -> bool:
         """Whether all have ended."""
-        self.look()
+        while self.look():
+            pass
         return not self.batches
 
     def _ended(self, batch: int) -> bool:

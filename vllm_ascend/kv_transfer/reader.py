@@ -1,88 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads that run reads: jobs in, results out.
 
-The engine's thread submits and takes; it never waits. Peers take turns: a free thread goes to the peer that
-has the fewest, so that one which hangs with many jobs delays another's next job by one of its own at the
-most, and every wait of a job has an end. A job ends in a result, which may be a failure that it foresaw. What
-it did not foresee is raised again in the engine's thread, so that no request waits for ever for a job that
-died.
+The engine's thread submits and takes; it never waits. Which job a free thread runs, `turns` decides; every
+wait of a job has an end. A job ends in a result, which may be a failure that it foresaw. What it did not
+foresee is raised again in the engine's thread, so that no request waits for ever for a job that died.
+
+A job that reads from several sources reads them side by side: one in its own thread, the others in threads
+that all jobs share. Where these have no time, it goes on by itself, so it never waits for another job.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from vllm_ascend.errors import ReadFailed, ReadUnsettled
 from vllm_ascend.kv_transfer.transport import Copies, Session, Transport
+from vllm_ascend.kv_transfer.turns import Turns
 
 Result = TypeVar("Result")
 
+Read = tuple[Session, Copies]
+"""What is read from one source."""
+
+ReadAll = Callable[[Sequence[Read]], None]
+"""Returns when all is read; raises ReadFailed if something is not."""
+
 
 class ReaderPool(Generic[Result]):
-    """A bounded number of threads. All methods are for the engine's thread."""
+    """A bounded number of threads. `submit` may be called from any thread, the rest from the engine's."""
 
     def __init__(self, num_threads: int, enter_thread: Callable[[], None]) -> None:
         """`enter_thread` runs once in each thread before its first job."""
         self._threads = ThreadPoolExecutor(num_threads, "kv-reader", initializer=enter_thread)
-        self._turns: _Turns[Result] = _Turns()
-        self._finished: SimpleQueue[Future[Result]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._turns: Turns[Callable[[], Result | None]] = Turns(num_threads)
+        self._is_closed = False
+        self._finished: SimpleQueue[Future[Result | None]] = SimpleQueue()
 
-    def submit(self, job: Callable[[], Result], peer: Hashable = None) -> None:
-        """Run `job` when it is the turn of `peer`; jobs of one peer begin in the order of submission."""
-        self._turns.add(peer, job)
-        self._threads.submit(self._turns.run_next).add_done_callback(self._finished.put)
+    def submit(self, job: Callable[[], Result | None], peer: Hashable = None, size: float = 0) -> None:
+        """Run `job` when it is the turn of `peer`, whose smaller jobs go first; None is no result."""
+        with self._lock:
+            self._turns.add(job, peer, size)
+            self._begin()
 
     def take_finished(self) -> list[Result]:
         """The results since the last call. Raises what a job raised."""
-        results = []
+        results: list[Result] = []
         while True:
             try:
-                results.append(self._finished.get_nowait().result())
+                result = self._finished.get_nowait().result()
             except Empty:
                 return results
+            if result is not None:
+                results.append(result)
 
     def close(self) -> None:
         """Wait for running jobs, drop waiting ones. May be called twice."""
+        with self._lock:
+            self._is_closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def _begin(self) -> None:
+        """Hand over all jobs whose turn it is: no more than there are idle threads."""
+        # A job that ends while the pool is closed begins no other.
+        while not self._is_closed and (turn := self._turns.take()) is not None:
+            self._threads.submit(self._run, *turn).add_done_callback(self._finished.put)
 
-class _Turns(Generic[Result]):
-    """Jobs that wait, by peer, and how many of each peer run."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: dict[Hashable, deque[Callable[[], Result]]] = {}
-        self._running: Counter[Hashable] = Counter()
-
-    def add(self, peer: Hashable, job: Callable[[], Result]) -> None:
-        with self._lock:
-            self._waiting.setdefault(peer, deque()).append(job)
-
-    def run_next(self) -> Result:
-        """Run the job whose turn it is; there must be one."""
-        peer, job = self._take()
+    def _run(self, peer: Hashable, job: Callable[[], Result | None]) -> Result | None:
         try:
             return job()
         finally:
             with self._lock:
-                self._running[peer] -= 1
-                self._running += Counter()  # forgets peers of which nothing runs
+                self._turns.ended(peer)
+                self._begin()
 
-    def _take(self) -> tuple[Hashable, Callable[[], Result]]:
-        with self._lock:
-            peer = min(self._waiting, key=self._running.__getitem__)
-            jobs = self._waiting.pop(peer)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[peer] = jobs  # at the end of the queue of peers
-            self._running[peer] += 1
-            return peer, job
+
+class SideBySide:
+    """Reads from several sources at once, for any number of threads."""
+
+    def __init__(self, transport: Transport, num_helpers: int, enter_thread: Callable[[], None]) -> None:
+        """`enter_thread` runs once in each of the `num_helpers` threads before its first read."""
+        self._transport = transport
+        self._helpers = ThreadPoolExecutor(num_helpers, "kv-source", initializer=enter_thread)
+
+    def read_all(self, reads: Sequence[Read]) -> None:
+        """Return when all is read. Raises ReadFailed if something is not; nothing else is begun then.
+
+        It is ReadUnsettled while anything that was begun may still be written.
+        """
+        helped = [(read, self._helpers.submit(self._failure_of, read)) for read in reads[1:]]
+        failures = [self._failure_of(read) for read in reads[:1]]
+        # Helpers begin with the first of them; this thread takes what they have not begun, from the last on.
+        for read, future in reversed(helped):
+            if future.cancel() and not any(failures):
+                failures.append(self._failure_of(read))
+        failures += [future.result() for _, future in helped if not future.cancelled()]
+        _raise_first([failure for failure in failures if failure is not None])
+
+    def close(self) -> None:
+        """Wait for running reads. May be called twice."""
+        self._helpers.shutdown(wait=True, cancel_futures=True)
+
+    def _failure_of(self, read: Read) -> ReadFailed | None:
+        try:
+            self._transport.read(*read)
+        except ReadFailed as failure:
+            return failure
+        return None
+
+
+def _raise_first(failures: Sequence[ReadFailed]) -> None:
+    unsettled = [failure.settled for failure in failures if isinstance(failure, ReadUnsettled)]
+    if unsettled:
+        raise ReadUnsettled(str(failures[0]), lambda: all(settled() for settled in unsettled))
+    if failures:
+        raise failures[0]
 
 
 @dataclass
@@ -99,9 +137,3 @@ class Stopwatch:
         now_s = time.monotonic()
         since_s, self._since_s = self._since_s, now_s
         return (now_s - since_s) * 1000
-
-
-def read_all(transport: Transport, reads: Sequence[tuple[Session, Copies]]) -> None:
-    """Read from one source after the other. Raises ReadFailed at the first that fails."""
-    for session, copies in reads:
-        transport.read(session, copies)

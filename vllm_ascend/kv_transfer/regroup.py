@@ -13,6 +13,8 @@ Elements of another type, of the same size, arrive as bits of that type and are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +29,24 @@ Ints = npt.NDArray[np.int64]
 LONGEST_RUN = 64
 """Blocks of a run that is read in shares: bounds the memory that a regroup needs beside the cache."""
 
+_STREAMS = 2
+"""How many requests regroup at once; each takes memory beside the cache."""
+
 
 class Regroup:
-    """Work on the layers of one stack, on a stream of its own. All but `fence` is for reader threads."""
+    """Work on the layers of one stack, on streams of its own. All but `fence` is for reader threads.
+
+    Requests take turns after each part of LONGEST_RUN blocks: a long one does not hold up a short one.
+    """
 
     def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
         """`kv_caches` are vLLM's views [num_blocks, heads, block_size, content], all layers alike."""
         self._kv_caches = kv_caches
         self._layers = [_movable(kv_cache) for kv_cache in kv_caches]
         self._device = kv_caches[0].device
-        self._stream = torch_npu.npu.Stream(device=self._device)
+        self._streams: SimpleQueue[torch_npu.npu.Stream] = SimpleQueue()
+        for _ in range(_STREAMS):
+            self._streams.put(torch_npu.npu.Stream(device=self._device))
 
     def enter_thread(self) -> None:
         """Make the cache's device current in the calling thread, which would otherwise open device 0."""
@@ -53,17 +63,17 @@ class Regroup:
 
         `run_lengths` says how many consecutive entries of both are one run. Returns when the device is done.
         """
-        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
-            for part in _whole_runs(run_lengths):
+        for part in _whole_runs(run_lengths):
+            with self._stream() as stream:
                 self._regroup(local_blocks[part], positions[part])
-            self._stream.synchronize()
+                stream.synchronize()
 
     def convert(self, page: PageLayout, slots: Ints, cache_dtype: str) -> None:
         """Make the tokens in `slots`, which were read as elements of `cache_dtype`, elements of this cache.
 
         Returns when the device is done. Raises ReadFailed if a number is too large for this cache.
         """
-        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
+        with self._stream():
             rows = torch.from_numpy(page.rows(slots).reshape(-1)).to(self._device)
             fits = torch.ones((), dtype=torch.bool, device=self._device)
             for kv_cache in self._kv_caches:
@@ -77,6 +87,16 @@ class Regroup:
                     f"KV was computed in {cache_dtype} and has numbers too large for {kv_cache.dtype}; "
                     f"start both engines with the same --kv-cache-dtype"
                 )
+
+    @contextmanager
+    def _stream(self) -> Iterator[torch_npu.npu.Stream]:
+        """A stream that nobody else uses meanwhile, made current. Waits until there is one."""
+        stream = self._streams.get()
+        try:
+            with torch.inference_mode(), torch_npu.npu.stream(stream):
+                yield stream
+        finally:
+            self._streams.put(stream)
 
     def _regroup(self, local_blocks: Ints, positions: Ints) -> None:
         num_blocks, shares = positions.shape

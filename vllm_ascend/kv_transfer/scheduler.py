@@ -108,6 +108,7 @@ class PrefillSide:
         self._leases = LeaseTable()
         self._lease_numbers = itertools.count()
         self._pinned: dict[str, int] = {}
+        self._num_pinned = 0
         self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
         self._listener = Listener(host, port, self._answer, trust)
@@ -144,9 +145,9 @@ class PrefillSide:
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
             return False, None
         self._leases.grant(request.request_id, self._lease_s, time.monotonic())
-        self._pinned[request.request_id] = sum(
-            block != NULL_BLOCK for blocks in block_ids for block in blocks
-        )
+        num_blocks = sum(len(blocks) - blocks.count(NULL_BLOCK) for blocks in block_ids)
+        self._pinned[request.request_id] = num_blocks
+        self._num_pinned += num_blocks
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         readable = tuple(
             self._readable(request, group, blocks)
@@ -185,7 +186,7 @@ class PrefillSide:
             )
         self._sums.drop(freed.read | freed.expired)
         for request_id in freed.read | freed.expired:
-            del self._pinned[request_id]
+            self._num_pinned -= self._pinned.pop(request_id)
         return freed.read | freed.expired
 
     def take_to_sum(self) -> tuple[ToSum, ...]:
@@ -201,7 +202,7 @@ class PrefillSide:
     def report(self, stats: TransferStats) -> None:
         """Add what became of leases since the last call, and what is held now if that has changed."""
         stats.count(**self._leases.take_counts())
-        levels = {"leases_held": len(self._pinned), "blocks_pinned": sum(self._pinned.values())}
+        levels = {"leases_held": len(self._pinned), "blocks_pinned": self._num_pinned}
         if levels != self._reported:
             self._reported = levels
             stats.level(**levels)

@@ -22,9 +22,9 @@ from vllm_ascend.kv_transfer.blocks import Runs
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.place import placing_of
 from vllm_ascend.kv_transfer.plan import PairPlan
-from vllm_ascend.kv_transfer.reader import Stopwatch, read_all
+from vllm_ascend.kv_transfer.reader import ReadAll, Stopwatch
 from vllm_ascend.kv_transfer.staging import Part, StagedRegroup, StagingPool
-from vllm_ascend.kv_transfer.transport import Copies, Region, Session, Transport
+from vllm_ascend.kv_transfer.transport import Copies, Region, Session
 from vllm_ascend.kv_transfer.windows import (
     SharedPages,
     Window,
@@ -111,7 +111,7 @@ class StagedRead:
         """The ranks that are read."""
         return {source.prefill_rank for source in self._sources}
 
-    def run(self, transport: Transport, sessions: Sequence[Session]) -> StagedNumbers:
+    def run(self, read_all: ReadAll, sessions: Sequence[Session]) -> StagedNumbers:
         """Read and place all of it; returns when the device is done. Raises ReadFailed."""
         numbers, clock = StagedNumbers(), Stopwatch.started()
         num_layers, num_pages = len(self._plan.local.layers), len(self._local_pages)
@@ -123,7 +123,7 @@ class StagedRead:
                 num_bytes = len(window.layers) * len(window.pages) * page_bytes
                 prove_filled(part.address, num_bytes, copies)
                 reads = zip((sessions[source.prefill_rank] for source in self._sources), copies, strict=True)
-                read_all(transport, [*reads])
+                read_all([*reads])
                 if window.pages not in targets:
                     pages = self._local_pages[window.pages.start : window.pages.stop]
                     targets[window.pages] = self._regroup.target(pages, shares)

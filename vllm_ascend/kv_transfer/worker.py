@@ -52,8 +52,9 @@ from vllm_ascend.kv_transfer.messages import (
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
+from vllm_ascend.kv_transfer.peers import Peers
 from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
-from vllm_ascend.kv_transfer.reader import ReaderPool, Stopwatch, read_all
+from vllm_ascend.kv_transfer.reader import ReaderPool, SideBySide, Stopwatch
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
 from vllm_ascend.kv_transfer.staged import StagedRead, staging_of
 from vllm_ascend.kv_transfer.sums import LayerSums
@@ -63,6 +64,9 @@ from vllm_ascend.kv_transfer.trust import Trust
 from vllm_ascend.kv_transfer.verify import PeerSums, verify, verify_state
 
 logger = init_logger(f"vllm.{__name__}")
+
+_HELPERS_PER_READER = 4
+"""Threads for the second and further sources of requests, for each that reads a request."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +152,14 @@ class WorkerHalf:
         self._lines = Lines(options.peer_timeout_s, trust)
         self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
         self._summer = Summer(local.stacks[0].tensors[0].device)
-        self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
+        self._engines: Peers[PrefillEngine] = Peers()
         self._unsettled: list[NotLoaded] = []
         self._of_tokens = [stack for stack in local.stacks if not stack.is_state]
         self._staging = staging_of(options, [stack.tensors for stack in self._of_tokens])
         transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
-        self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
-            options.reader_threads, self._regroups[0].enter_thread
-        )
+        enter_thread = self._regroups[0].enter_thread
+        self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(options.reader_threads, enter_thread)
+        self._sources = SideBySide(transport, _HELPERS_PER_READER * options.reader_threads, enter_thread)
 
     def start(self, pulls: tuple[Pull, ...]) -> None:
         """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
@@ -163,8 +167,12 @@ class WorkerHalf:
             return
         fence = self._regroups[0].fence()
         for pull in pulls:
-            job = partial(self._load, pull, fence, Stopwatch.started())
-            self._readers.submit(job, peer=(pull.remote.remote_host, pull.remote.remote_port))
+            remote = pull.remote
+            engine = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
+            load = partial(self._submit_load, pull, fence, Stopwatch.started())
+            if self._engines.when_met(engine, load):
+                meet = partial(self._engines.meet, engine, partial(self._meet, remote))
+                self._readers.submit(meet, peer=_peer_of(remote))
 
     def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
         """This rank's checksums of a finished request, for decode to check what it reads."""
@@ -192,6 +200,7 @@ class WorkerHalf:
     def close(self) -> None:
         """Wait for running reads, hang up, withdraw the cache. May be called twice."""
         self._readers.close()
+        self._sources.close()
         self._lines.close()
         self._transport.close()
 
@@ -211,12 +220,22 @@ class WorkerHalf:
         for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
             yield LayerSums(self._local.rank.place, name, 0, state_sums(layer, block))
 
+    def _submit_load(
+        self, pull: Pull, fence: Fence, clock: Stopwatch, engine: PrefillEngine | KVTransferError
+    ) -> None:
+        load = partial(self._load, pull, fence, clock, engine)
+        self._readers.submit(load, _peer_of(pull.remote), size=pull.tokens)
+
     # From here on: reader threads.
 
-    def _load(self, pull: Pull, fence: Fence, clock: Stopwatch) -> Loaded | NotLoaded:
+    def _load(
+        self, pull: Pull, fence: Fence, clock: Stopwatch, engine: PrefillEngine | KVTransferError
+    ) -> Loaded | NotLoaded:
         outcome: Loaded | NotLoaded
         try:
-            outcome = Loaded(pull.request_id, self._read(pull, fence, clock))
+            if isinstance(engine, KVTransferError):
+                raise engine
+            outcome = Loaded(pull.request_id, self._read(pull, engine, fence, clock))
         except PeerUnreachable as error:
             # It cannot be told either, and asking again would keep this thread from other peers.
             return _not_loaded(pull, error)
@@ -233,8 +252,7 @@ class WorkerHalf:
             return _not_loaded(pull, LeaseEnded(ended))
         return outcome
 
-    def _read(self, pull: Pull, fence: Fence, clock: Stopwatch) -> TransferNumbers:
-        engine = self._engine_of(pull.remote)
+    def _read(self, pull: Pull, engine: PrefillEngine, fence: Fence, clock: Stopwatch) -> TransferNumbers:
         tokens = [
             tokens_seen(tokens_from(pull.first_token, pull.tokens), window)
             for window in self._local.description.windows
@@ -244,10 +262,12 @@ class WorkerHalf:
         copies = [part for read in reads for part in read.copies]
         fence.wait()
         queue_ms = clock.lap_ms()
-        read_all(self._transport, [(engine.sessions[rank], part) for rank, part in copies])
+        self._sources.read_all([(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
         staged = [
-            read.staged.run(self._transport, engine.sessions) for read in reads if read.staged is not None
+            read.staged.run(self._sources.read_all, engine.sessions)
+            for read in reads
+            if read.staged is not None
         ]
         clock.lap_ms()
         for read in reads:
@@ -356,13 +376,6 @@ class WorkerHalf:
             raise WireError(f"prefill engine {remote.remote_engine_id} answered {done} with {answer}")
         return answer.held
 
-    def _engine_of(self, remote: RemotePrefill) -> PrefillEngine:
-        key = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
-        if key not in self._engines:
-            # Two threads may ask at once: their answers are equal, and neither waits for the other.
-            self._engines[key] = self._meet(remote)
-        return self._engines[key]
-
     def _meet(self, remote: RemotePrefill) -> PrefillEngine:
         peer = self._lines.ask(remote.remote_host, remote.remote_port, AskForEngine())
         if not isinstance(peer, Engine):
@@ -394,6 +407,10 @@ class WorkerHalf:
 def _not_loaded(pull: Pull, error: KVTransferError) -> NotLoaded:
     settled = error.settled if isinstance(error, ReadUnsettled) else _settled
     return NotLoaded(pull.request_id, str(error), error.kind, settled)
+
+
+def _peer_of(remote: RemotePrefill) -> tuple[str, int]:
+    return remote.remote_host, remote.remote_port
 
 
 def _settled() -> bool:
