@@ -33,6 +33,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _GROUPED_BACKEND = "vllm_ascend.attention.backend.GroupedAttentionBackend"
 _LATENT_BACKEND = "vllm_ascend.attention.backend.LatentAttentionBackend"
+_BIDIRECTIONAL_BACKEND = "vllm_ascend.attention.backend.BidirectionalAttentionBackend"
 _LATENT_PREFILL = "vllm_ascend.attention.latent.LatentPrefill"
 _WORKER = "vllm_ascend.worker.worker.NPUWorker"
 _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
@@ -110,7 +111,7 @@ class NPUPlatform(Platform):
         """
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        backend = _LATENT_BACKEND if attn_selector_config.use_mla else _GROUPED_BACKEND
+        backend = _backend_for(attn_selector_config)
         register_backend(AttentionBackendEnum.CUSTOM, backend)
         if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
             raise ConfigError(
@@ -245,6 +246,12 @@ class NPUPlatform(Platform):
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = _WORKER
         _spawn_workers()
+
+
+def _backend_for(config: AttentionSelectorConfig) -> str:
+    if config.use_mla:
+        return _LATENT_BACKEND
+    return _BIDIRECTIONAL_BACKEND if config.attn_type == "encoder_only" else _GROUPED_BACKEND
 
 
 def _refuse_graphs(vllm_config: VllmConfig) -> None:

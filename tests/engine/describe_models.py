@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of `docs/models.md` from `families`, so that it names what is compared and nothing else.
+"""Writes the tables of `docs/models.md` from `families` and `pooling`, so that they name what is compared.
 
 With PYTHONPATH=tests:examples/recall_model, `python -m vllm_ascend.emulator python -m engine.describe_models`
 does so; `test_families.py` fails where that would change the document.
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine import pooling
 from engine.families import FAMILIES, LOG_PROBABILITY_TOLERANCE, NUM_NEW_TOKENS, PROMPT_LENGTHS
+from engine.pooling import COSINE_DISTANCE_TOLERANCE, POOLING_FAMILIES, SCORE_TOLERANCE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-_START = "<!-- models: written by tests/engine/describe_models.py -->\n"
-_END = "<!-- end of models -->\n"
 
 
 def main() -> None:
@@ -21,12 +21,18 @@ def main() -> None:
 
 
 def with_table(document: str) -> str:
-    """`document` with what stands between the two markers made anew."""
-    head, rest = document.split(_START)
-    return head + _START + _table() + _END + rest.split(_END)[1]
+    """`document` with what stands between each pair of markers made anew."""
+    for name, table in {"models": _generating(), "pooling models": _pooling()}.items():
+        start, end = (
+            f"<!-- {name}: written by tests/engine/describe_models.py -->\n",
+            f"<!-- end of {name} -->\n",
+        )
+        head, rest = document.split(start)
+        document = head + start + table + end + rest.split(end)[1]
+    return document
 
 
-def _table() -> str:
+def _generating() -> str:
     close = (
         f"the same {len(PROMPT_LENGTHS)} × {NUM_NEW_TOKENS} greedy tokens, "
         f"log-probabilities within {LOG_PROBABILITY_TOLERANCE:g}"
@@ -39,6 +45,26 @@ def _table() -> str:
     ]
     for name, family in FAMILIES.items():
         lines.append(f"| {name} | {family.shows} | {', '.join(('one NPU', *family.spread))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _pooling() -> str:
+    close = {
+        "embed": f"embedding, cosine distance below {COSINE_DISTANCE_TOLERANCE:g}",
+        "classify": f"scores within {SCORE_TOLERANCE:g}",
+        "token_classify": f"scores of each token within {SCORE_TOLERANCE:g}",
+    }
+    lengths = pooling.PROMPT_LENGTHS
+    prompts = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"
+    lines = [
+        f"{len(POOLING_FAMILIES)} architectures, each against transformers in float32 on {prompts}.",
+        "",
+        "| architecture | what it has that not every one has | how close | on |",
+        "|---|---|---|---|",
+    ]
+    for name, family in POOLING_FAMILIES.items():
+        on = ", ".join(("one NPU", *family.spread))
+        lines.append(f"| {name} | {family.shows} | {close[family.task]} | {on} |")
     return "\n".join(lines) + "\n"
 
 

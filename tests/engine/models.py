@@ -43,6 +43,8 @@ class Tiny:
     cache_bytes: int = 32 << 20
     """Memory for the engine's KV blocks."""
 
+    auto: str = "AutoModelForCausalLM"
+    """The class of transformers that builds the model from its configuration and reads it again."""
     embedding_factor: float = 1.0
     """Less than 1 where embeddings are tied and scaled up: a token's own would outweigh all else."""
     last_norm_offset: float = 0.0
@@ -61,7 +63,7 @@ class Tiny:
             "pad_token_id": None,
         }
         config = getattr(transformers, self.config)(**usual | self.sizes)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = getattr(transformers, self.auto).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             # Biases start as zeros and norms as ones, which would hide an engine that leaves them out. The
             # biases of routers are buffers, so all that a checkpoint holds is gone through.

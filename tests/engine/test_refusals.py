@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import KVTransferConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +66,13 @@ def test_options_are_refused_by_name(
     assert sentence in str(refusal.value)
 
 
+def test_a_model_that_pools_transfers_no_kv(checkpoints: dict[str, Path]) -> None:
+    transfer = KVTransferConfig(kv_connector="MooncakeConnectorV1", kv_role="kv_producer", kv_port=20001)
+    sentence = "embeds or classifies, which ends with prefill; serve it without --kv-transfer-config"
+    with pytest.raises(ValueError, match=sentence):
+        configure(checkpoints["llama"], runner="pooling", kv_transfer_config=transfer)
+
+
 def test_what_vllm_refuses_stays_refused_in_its_words(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"heads \(8\) must be divisible by tensor parallel size \(3\)"):
         configure(checkpoints["llama"], tensor_parallel_size=3)
@@ -106,7 +114,13 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
             {"use_mla": True, "block_size": 256}, "block_size not supported", id="256 latents a block"
         ),
         pytest.param({"use_mla": True, "head_size": 592}, "head_size not supported", id="wide latents"),
-        pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="encoder"),
+        pytest.param({"attn_type": "encoder"}, "attention type encoder", id="an encoder beside a decoder"),
+        pytest.param(
+            {"attn_type": "encoder_only", "head_size": 784}, "head_size not supported", id="a wide encoder"
+        ),
+        pytest.param(
+            {"attn_type": "encoder_only", "use_kv_connector": True}, "KV connector", id="KV of an encoder"
+        ),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported", id="FP8 cache"),
         pytest.param({"block_size": 24}, "block_size not supported", id="a block of 24 tokens"),
         pytest.param({"head_size": 40}, "head_size not supported", id="a head of 40 elements"),
@@ -128,6 +142,9 @@ def test_attention_is_refused_by_feature(features: dict[str, Any], reason: str) 
     latent = AttentionSelectorConfig(**plain | {"use_mla": True, "head_size": 576})
     taken = current_platform.get_attn_backend_cls(None, latent)
     assert taken == "vllm_ascend.attention.backend.LatentAttentionBackend"
+    encoder = AttentionSelectorConfig(**plain | {"attn_type": "encoder_only", "head_size": 24})
+    taken = current_platform.get_attn_backend_cls(None, encoder)
+    assert taken == "vllm_ascend.attention.backend.BidirectionalAttentionBackend"
     with pytest.raises(ValueError, match=reason):
         current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain | features))
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM's attention selector asks before it takes one of the backends: types, sizes, layouts.
 
-There are two: grouped heads, and latents (MLA). Which one a layer gets is NPUPlatform's answer.
+There are three: grouped heads and latents (MLA), both over paged KV, and attention in both directions, which
+keeps none. Which one a layer gets is NPUPlatform's answer.
 
-A feature that is not listed here (ALiBi, encoders, FP8 caches) is refused by name: by the
+A feature that is not listed here (ALiBi, encoders beside decoders, FP8 caches) is refused by name: by the
 selector, or by the implementation where the selector does not ask.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
+    from vllm_ascend.attention.bidirectional import BidirectionalAttention, BidirectionalMetadataBuilder
     from vllm_ascend.attention.grouped import GroupedAttention
     from vllm_ascend.attention.latent import LatentAttention
     from vllm_ascend.attention.latent_metadata import LatentMetadataBuilder
@@ -34,12 +36,12 @@ MAX_LATENT_BLOCK_SIZE = 128
 MAX_LATENT_ROW_SIZE = 576
 """Elements of a latent and its rotated part, as DeepSeek-V2 and V3 have them (512 + 64)."""
 
+MAX_UNPAGED_HEAD_SIZE = 768
 
-class _PagedBackend(AttentionBackend):
-    """What holds for both; CUSTOM in vLLM's registry of backends."""
 
-    max_block_size: ClassVar[int]
-    max_head_size: ClassVar[int]
+class _NPUBackend(AttentionBackend):
+    """What holds for all; CUSTOM in vLLM's registry of backends."""
+
     # The device has the last word on float32: NPUPlatform.check_if_supports_dtype.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
@@ -47,6 +49,18 @@ class _PagedBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
+        return (KVCacheLayout.LBHNC,)
+
+
+class _PagedBackend(_NPUBackend):
+    """What holds for those with a KV cache."""
+
+    max_block_size: ClassVar[int]
+    max_head_size: ClassVar[int]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -63,11 +77,6 @@ class _PagedBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % HEAD_SIZE_STEP == 0 and head_size <= cls.max_head_size
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
-        return (KVCacheLayout.LBHNC,)
 
 
 class GroupedAttentionBackend(_PagedBackend):
@@ -120,3 +129,35 @@ class LatentAttentionBackend(_PagedBackend):
         from vllm_ascend.attention.latent_metadata import LatentMetadataBuilder
 
         return LatentMetadataBuilder
+
+
+class BidirectionalAttentionBackend(_NPUBackend):
+    """Attention in both directions within each request of a step, without a KV cache."""
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.ENCODER_ONLY
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size <= MAX_UNPAGED_HEAD_SIZE
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> type[BidirectionalAttention]:
+        from vllm_ascend.attention.bidirectional import BidirectionalAttention
+
+        return BidirectionalAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[BidirectionalMetadataBuilder]:
+        from vllm_ascend.attention.bidirectional import BidirectionalMetadataBuilder
+
+        return BidirectionalMetadataBuilder

@@ -19,9 +19,10 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_ascend.attention.cache_layout import operator_block
+from vllm_ascend.errors import ConfigError
 
 MASK_SIZE = 2048
 """Side of the one mask that stands for causal masks of every size (sparse modes 2 to 4 of the operator)."""
@@ -48,7 +49,7 @@ class GroupedAttentionMetadata(AttentionMetadata):
 
 
 class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionMetadata]):
-    """Builds the metadata of one KV cache group."""
+    """Builds the metadata of one KV cache group. Raises ConfigError for one that is not causal."""
 
     def __init__(
         self,
@@ -58,6 +59,11 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if isinstance(kv_cache_spec, FullAttentionSpec) and kv_cache_spec.non_causal:
+            raise ConfigError(
+                "this model generates tokens and sees its prompt in both directions, and an NPU engine does "
+                "not do that yet"
+            )
         self._block_size = kv_cache_spec.block_size
         self._mask = causal_mask(device)
 

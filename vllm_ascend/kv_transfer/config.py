@@ -103,7 +103,17 @@ def check_start(vllm_config: VllmConfig) -> None:
     if transfer is None:
         return
     if transfer.kv_connector == NAME or (transfer.kv_connector_module_path or "").startswith("vllm_ascend."):
+        _refuse_pooling(vllm_config)
         options_of(vllm_config)
+
+
+def _refuse_pooling(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
+    if model is not None and model.runner_type == "pooling":
+        raise ConfigError(
+            f"MooncakeConnectorV1 moves KV from prefill to decode and {model.model} embeds or classifies, "
+            f"which ends with prefill; serve it without --kv-transfer-config"
+        )
 
 
 def options_of(vllm_config: VllmConfig) -> Options:
