@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` processes on emulated devices, the real router, the recall model: one start, many tests."""
 
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from recall import Question
 from servers import Server, engine, router, running
 
@@ -71,11 +74,17 @@ def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:
     return server.post("/v1/completions", body(question, **more))
 
 
-def hand_over(prefill: Server, decode: Server, question: Question) -> dict[str, Any]:
-    """What the router does, for one pair of engines: the answer of `decode`."""
+def prefilled(prefill: Server, question: Question) -> dict[str, Any]:
+    """Have the prompt computed and held: the `kv_transfer_params` that a router hands to a decode engine."""
     ask = {"do_remote_decode": True, "do_remote_prefill": False}
-    prefilled = prefill.post("/v1/completions", body(question, max_tokens=1, kv_transfer_params=ask))
-    return complete(decode, question, kv_transfer_params=prefilled["kv_transfer_params"])
+    answer = prefill.post("/v1/completions", body(question, max_tokens=1, kv_transfer_params=ask))
+    params: dict[str, Any] = answer["kv_transfer_params"]
+    return params
+
+
+def hand_over(prefill: Server, decode: Server, question: Question, **more: Any) -> dict[str, Any]:
+    """What the router does, for one pair of engines: the answer of `decode`."""
+    return complete(decode, question, kv_transfer_params=prefilled(prefill, question), **more)
 
 
 def body(question: Question, **more: Any) -> dict[str, Any]:
@@ -93,9 +102,44 @@ def text_of(answer: dict[str, Any]) -> str:
     return text
 
 
-def blocks_in_use(server: Server) -> float:
-    """Blocks that requests of the server hold now, by its own metric."""
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
-        if line.startswith("vllm:kv_cache_usage_perc"):
-            return round(float(line.split()[-1]) * (NUM_BLOCKS - 1), 3)
-    raise AssertionError(f"{server.name} shows no vllm:kv_cache_usage_perc")
+def blocks_in_use(server: Server, num_blocks: int = NUM_BLOCKS) -> float:
+    """Blocks that requests of the server hold now, by its own metric; `num_blocks`: how many it has."""
+    return round(metric(server, "vllm:kv_cache_usage_perc") * (num_blocks - 1), 3)
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """What the server's /metrics shows under `name`, summed over the samples that have these labels."""
+    shown = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    values = [
+        sample.value
+        for family in text_string_to_metric_families("\n".join(filter(re.compile(name).match, shown)))
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    if not values:
+        raise AssertionError(f"{server.name} shows no {name} with {labels}")
+    return sum(values)
+
+
+def wait_until(reached: Callable[[], bool], complaint: Callable[[], str], patience_s: float = 10) -> None:
+    """Return once `reached()`; fail with `complaint()` when that takes longer."""
+    deadline = time.monotonic() + patience_s
+    while not reached():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.05)
+
+
+def wait_for(server: Server, name: str, value: float, **labels: str) -> None:
+    """Wait until the metric has this value."""
+    wait_until(
+        lambda: metric(server, name, **labels) == value,
+        lambda: f"{server.name}: {name} is {metric(server, name, **labels)}, not {value}",
+    )
+
+
+def same_table_other_order(question: Question, after_tokens: int) -> Question:
+    """The same pairs in another order from `after_tokens` on: same answer, other KV there."""
+    words = question.prompt.split()
+    kept, moved, start = words[:after_tokens], words[after_tokens:-1], words[-1:]
+    assert len(moved) % 2 == 0
+    return Question(" ".join(kept + moved[2:] + moved[:2] + start), question.answer, ())

@@ -10,8 +10,16 @@ from typing import Any
 
 import httpx
 import pytest
-from disaggregated.fleet import Fleet, blocks_in_use, body, complete, start_fleet, text_of
-from recall import Question, make_question
+from disaggregated.fleet import (
+    Fleet,
+    blocks_in_use,
+    body,
+    complete,
+    same_table_other_order,
+    start_fleet,
+    text_of,
+)
+from recall import make_question
 
 
 @pytest.fixture(
@@ -73,7 +81,7 @@ def test_prefix_hit_on_the_decode_side_pulls_only_what_is_missing(fleet: Fleet):
     size = fleet.block_size
     question = make_question(5000, 3 * size + 9, num_answer_tokens=8)
     first = complete(fleet.front, question)
-    second = complete(fleet.front, _same_table_other_order(question, after_tokens=2 * size))
+    second = complete(fleet.front, same_table_other_order(question, after_tokens=2 * size))
     assert question.accepts(text_of(first))
     assert question.accepts(text_of(second))
     assert first["kv_transfer_params"]["blocks"] == 4
@@ -111,11 +119,3 @@ def _wait_until_no_block_is_held(fleet: Fleet, patience_s: float = 5) -> None:
     while (held := {s.name: blocks_in_use(s) for s in (fleet.prefill, fleet.decode)}) and any(held.values()):
         assert time.monotonic() < deadline, f"blocks still held: {held}"
         time.sleep(0.1)
-
-
-def _same_table_other_order(question: Question, after_tokens: int) -> Question:
-    """The same pairs in another order from `after_tokens` on: same answer, other KV there."""
-    words = question.prompt.split()
-    kept, moved, start = words[:after_tokens], words[after_tokens:-1], words[-1:]
-    assert len(moved) % 2 == 0
-    return Question(" ".join(kept + moved[2:] + moved[:2] + start), question.answer, ())
