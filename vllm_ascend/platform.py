@@ -240,6 +240,7 @@ class NPUPlatform(Platform):
         from vllm_ascend.kv_transfer.config import check_start
 
         _refuse_unsupported(vllm_config)
+        _refuse_recurrent_state(vllm_config)
         _check_device_count(vllm_config)
         check_start(vllm_config)
         parallel_config = vllm_config.parallel_config
@@ -293,6 +294,21 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"not there yet on NPUs: {', '.join(asked)}; remove it from the command or configuration"
         )
+
+
+def _refuse_recurrent_state(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
+    if model is None or not (model.is_hybrid or (model.is_attention_free and model.has_inner_state)):
+        return
+    # Hybrid models list the kinds of their layers under one of two names; others have one kind.
+    text = model.hf_text_config
+    listed = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or ()
+    stateless = {"attention", "full_attention", "sliding_attention", "mlp", "moe"}
+    kinds = sorted(set(listed) - stateless) or ["every layer"]
+    raise ConfigError(
+        f"{model.architecture} has layers with recurrent state ({', '.join(kinds)} of {text.model_type}), "
+        f"whose kernels are not there yet on NPUs; use a model that has attention alone"
+    )
 
 
 def _check_device_count(vllm_config: VllmConfig) -> None:

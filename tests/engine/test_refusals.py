@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -147,6 +148,73 @@ def test_attention_is_refused_by_feature(features: dict[str, Any], reason: str) 
     assert taken == "vllm_ascend.attention.backend.BidirectionalAttentionBackend"
     with pytest.raises(ValueError, match=reason):
         current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain | features))
+
+
+HYBRID: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        pytest.param(
+            {
+                **HYBRID,
+                "architectures": ["GraniteMoeHybridForCausalLM"],
+                "model_type": "granitemoehybrid",
+                "layer_types": ["mamba", "attention"],
+                "mamba_n_heads": 8,
+            },
+            # transformers names Mamba's layers so, too.
+            "has layers with recurrent state (linear_attention of granitemoehybrid)",
+            id="Mamba 2 beside attention",
+        ),
+        pytest.param(
+            {
+                "architectures": ["Mamba2ForCausalLM"],
+                "model_type": "mamba2",
+                "dtype": "bfloat16",
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_heads": 8,
+                "head_dim": 16,
+                "state_size": 16,
+                "n_groups": 1,
+            },
+            "Mamba2ForCausalLM has layers with recurrent state (linear_attention of mamba2)",
+            id="no attention at all",
+        ),
+        pytest.param(
+            {
+                **HYBRID,
+                "architectures": ["GraniteMoeHybridForCausalLM"],
+                "model_type": "granitemoehybrid",
+                "layer_types": ["attention", "attention"],
+            },
+            None,
+            id="could have recurrent state, has attention alone",
+        ),
+    ],
+)
+def test_recurrent_state_is_refused_by_the_kind_of_its_layers(
+    model: dict[str, Any], kinds: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if kinds is None:
+        configure(tmp_path)
+        return
+    with pytest.raises(ValueError, match="kernels are not there yet on NPUs; use a model") as refusal:
+        configure(tmp_path)
+    assert kinds in str(refusal.value)
 
 
 def test_float32_is_refused_by_a_device_that_does_not_take_it(checkpoints: dict[str, Path]) -> None:
