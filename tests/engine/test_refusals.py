@@ -107,6 +107,14 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
         ),
         pytest.param({"use_mla": True, "head_size": 592}, "head_size not supported", id="wide latents"),
         pytest.param({"attn_type": "encoder_only"}, "attention type encoder_only", id="encoder"),
+        pytest.param(
+            {"attn_type": "encoder_decoder"}, "attention type encoder_decoder", id="cross-attention"
+        ),
+        pytest.param(
+            {"use_mm_prefix": True},
+            "partial multimodal token full attention",
+            id="rows that see all of a picture",
+        ),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported", id="FP8 cache"),
         pytest.param({"block_size": 24}, "block_size not supported", id="a block of 24 tokens"),
         pytest.param({"head_size": 40}, "head_size not supported", id="a head of 40 elements"),
@@ -130,6 +138,17 @@ def test_attention_is_refused_by_feature(features: dict[str, Any], reason: str) 
     assert taken == "vllm_ascend.attention.backend.LatentAttentionBackend"
     with pytest.raises(ValueError, match=reason):
         current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain | features))
+
+
+def test_attention_of_towers_is_refused_by_a_name_that_is_not_ours() -> None:
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    taken = current_platform.get_vit_attn_backend(64, torch.bfloat16)
+    assert current_platform.get_vit_attn_backend(64, torch.bfloat16, taken) == taken
+    with pytest.raises(ValueError, match="mm_encoder_attn_backend=FLASH_ATTN does not run on an NPU"):
+        current_platform.get_vit_attn_backend(64, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN)
 
 
 def test_float32_is_refused_by_a_device_that_does_not_take_it(checkpoints: dict[str, Path]) -> None:

@@ -110,7 +110,7 @@ class FusedMRotary(FusedRotary, MRotaryEmbedding):
         if positions.ndim == 1:
             return super()._gather(positions, query)
         cache = self._match_cos_sin_cache_dtype(query)
-        angles = cache.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+        angles = cache.index_select(0, positions.flatten()).view(*positions.shape, -1)
         cos, sin = (self._choose(half) for half in angles.chunk(2, dim=-1))
         return _Angles(positions, _full_width(cos, self.is_neox_style), _full_width(sin, self.is_neox_style))
 
@@ -120,7 +120,7 @@ class FusedMRotary(FusedRotary, MRotaryEmbedding):
         if self.mrope_interleaved:
             chosen: torch.Tensor = apply_interleaved_rope(angles, self.mrope_section)
             return chosen
-        sections = angles.split(self.mrope_section, dim=-1)
+        sections = torch.split(angles, self.mrope_section, dim=-1)
         return torch.cat([section[axis] for axis, section in enumerate(sections)], dim=-1)
 
 
