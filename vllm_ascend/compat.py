@@ -68,7 +68,8 @@ def declare_operators_that_torchvision_lacks() -> None:
     if found is None or found.origin is None:
         return
     try:
-        torch.ops.load_library(Path(found.origin).with_name("_C.so"))  # type: ignore[no-untyped-call]
+        library = Path(found.origin).with_name("_C.so")
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError:
         # The schemas of torchvision 0.28.
         torch.library.define(

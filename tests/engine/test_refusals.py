@@ -122,6 +122,14 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
         pytest.param(
             {"attn_type": "encoder_only", "use_kv_connector": True}, "KV connector", id="KV of an encoder"
         ),
+        pytest.param(
+            {"attn_type": "encoder_decoder"}, "attention type encoder_decoder", id="cross-attention"
+        ),
+        pytest.param(
+            {"use_mm_prefix": True},
+            "partial multimodal token full attention",
+            id="rows that see all of a picture",
+        ),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported", id="FP8 cache"),
         pytest.param({"block_size": 24}, "block_size not supported", id="a block of 24 tokens"),
         pytest.param({"head_size": 40}, "head_size not supported", id="a head of 40 elements"),
@@ -215,6 +223,17 @@ def test_recurrent_state_is_refused_by_the_kind_of_its_layers(
     with pytest.raises(ValueError, match="kernels are not there yet on NPUs; use a model") as refusal:
         configure(tmp_path)
     assert kinds in str(refusal.value)
+
+
+def test_attention_of_towers_is_refused_by_a_name_that_is_not_ours() -> None:
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    taken = current_platform.get_vit_attn_backend(64, torch.bfloat16)
+    assert current_platform.get_vit_attn_backend(64, torch.bfloat16, taken) == taken
+    with pytest.raises(ValueError, match="mm_encoder_attn_backend=FLASH_ATTN does not run on an NPU"):
+        current_platform.get_vit_attn_backend(64, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN)
 
 
 def test_float32_is_refused_by_a_device_that_does_not_take_it(checkpoints: dict[str, Path]) -> None:
