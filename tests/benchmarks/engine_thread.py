@@ -9,8 +9,9 @@ transfer engine, requests of 2,048 tokens of 32 layers and one KV head of 128 el
 awaited on the other, while reader threads read. Timed is every call that vLLM makes to the connector in a
 step, on both halves; that includes waiting for Python's lock, which the threads of both engines share here.
 
-`ratio` is the median of these times over a step of 20 ms; `to_empty` is it over the median with nothing
-in flight; `median_cpu_us` leaves out what the thread waited. Prints a JSON object per case, and draws a plot.
+`ratio` is the median of these times over a step of 20 ms, for steps in which no request arrives and for those
+in which some do; `to_empty` is it over the median with nothing in flight; `median_cpu_us` leaves out what
+the thread waited. Prints a JSON object per case, and draws a plot.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +59,24 @@ STEP_WITH_WORK = dataclasses.replace(SchedulerOutput.make_empty(), total_num_sch
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Step:
+    """The time in calls in one step."""
+
+    arrived: int
+    """Requests that arrived in it."""
+    seconds: float
+    cpu_s: float
+
+
 @dataclass
 class Calls:
     """The time in calls to one engine's connector, step by step."""
 
     profile: cProfile.Profile | None = None
-    steps_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    by_call_s: dict[str, list[float]] = field(default_factory=dict)
+    """The same for each call, over all steps."""
     _step_s: float = 0.0
     _step_cpu_s: float = 0.0
 
@@ -76,24 +88,22 @@ class Calls:
             return call(*arguments)
         finally:
             self._step_cpu_s += time.thread_time() - begin_cpu_s
-            self._step_s += time.perf_counter() - begin_s
+            took_s = time.perf_counter() - begin_s
+            self._step_s += took_s
+            self.by_call_s.setdefault(call.__name__, []).append(took_s)
 
-    def end_step(self) -> None:
-        self.steps_s.append(self._step_s)
-        self.cpu_s.append(self._step_cpu_s)
+    def end_step(self, arrived: int) -> None:
+        self.steps.append(Step(arrived, self._step_s, self._step_cpu_s))
         self._step_s = self._step_cpu_s = 0.0
 
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.steps_s[WARM_UP:])
+    def longest_us(self, most: int) -> dict[str, int]:
+        """The calls that take the most time, the median of each."""
+        each_us = {name: round(statistics.median(took_s) * 1e6) for name, took_s in self.by_call_s.items()}
+        return dict(sorted(each_us.items(), key=lambda one: -one[1])[:most])
 
-    @property
-    def median_cpu_s(self) -> float:
-        return statistics.median(self.cpu_s[WARM_UP:])
-
-    @property
-    def p99_s(self) -> float:
-        return statistics.quantiles(self.steps_s[WARM_UP:], n=100)[-1]
+    def measured(self, arrival: bool) -> list[Step]:
+        """The steps after the first ones in which a request arrived, or those in which none did."""
+        return [step for step in self.steps[WARM_UP:] if bool(step.arrived) == arrival]
 
 
 class Prefill:
@@ -119,7 +129,7 @@ class Prefill:
             params.append(json.loads(json.dumps(of_request)))
         output = step(engine, call)
         self.held += len(names) - len(output.finished_sending or ())
-        call.end_step()
+        call.end_step(len(names))
         return params
 
 
@@ -151,7 +161,7 @@ class Decode:
             ended.status = RequestStatus.FINISHED_STOPPED
             call(engine.scheduler.request_finished_all_groups, ended, ([],))
             self.loaded += 1
-        call.end_step()
+        call.end_step(len(names))
 
 
 def allocated() -> KVCacheBlocks:
@@ -188,7 +198,7 @@ def of_every_layer(worker: Any) -> None:  # Any: a connector
 
 def run(prefill: Prefill, decode: Decode, num_steps: int, in_flight: int) -> None:
     """Steps of both engines, every STEP_S, that keep `in_flight` requests between them."""
-    number = itertools.count(len(prefill.calls.steps_s) << 20)
+    number = itertools.count(len(prefill.calls.steps) << 20)
     begin_s = time.perf_counter()
     for done in range(1, 1 + num_steps):
         # No more than a few per step arrive: an engine that starts does not get all of them at once.
@@ -198,18 +208,29 @@ def run(prefill: Prefill, decode: Decode, num_steps: int, in_flight: int) -> Non
         time.sleep(max(0.0, begin_s + done * STEP_S - time.perf_counter()))
 
 
-def report(case: str, calls: Calls, empty: Calls, **more: object) -> dict[str, object]:
-    return {
-        "benchmark": "engine_thread",
-        "case": case,
-        "ratio": round(calls.median_s / STEP_S, 5),
-        "to_empty": round(calls.median_s / empty.median_s, 1),
-        "median_us": round(calls.median_s * 1e6),
-        "median_cpu_us": round(calls.median_cpu_s * 1e6),
-        "p99_us": round(calls.p99_s * 1e6),
-        "empty_us": round(empty.median_s * 1e6),
-        **more,
-    }
+def reports(side: str, calls: Calls, empty: Calls) -> Iterator[dict[str, object]]:
+    """A result for steps in which no request arrives, and one for those in which some do."""
+    empty_s = statistics.median(step.seconds for step in empty.measured(arrival=False))
+    for arrival in (False, True):
+        steps = calls.measured(arrival)
+        # A machine on which nothing ends while it is measured has no arrivals.
+        if len(steps) < 2:
+            continue
+        seconds = [step.seconds for step in steps]
+        median_s = statistics.median(seconds)
+        yield {
+            "benchmark": "engine_thread",
+            "case": f"{side}, {IN_FLIGHT} in flight, {'some arrive' if arrival else 'none arrives'}",
+            "ratio": round(median_s / STEP_S, 5),
+            "to_empty": round(median_s / empty_s, 1),
+            "median_us": round(median_s * 1e6),
+            "median_cpu_us": round(statistics.median(step.cpu_s for step in steps) * 1e6),
+            "p99_us": round(statistics.quantiles(seconds, n=100)[-1] * 1e6),
+            "empty_us": round(empty_s * 1e6),
+            "steps": len(steps),
+            "arrivals": round(statistics.mean(step.arrived for step in steps), 1),
+            "longest_us": calls.longest_us(5),
+        }
 
 
 def main() -> None:
@@ -240,8 +261,8 @@ def main() -> None:
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
             return
         results = [
-            report("decode: 256 requests in flight", decode.calls, empty[1].calls, loaded=decode.loaded),
-            report("prefill: 256 requests held", prefill.calls, empty[0].calls, held=prefill.held),
+            *reports("decode", decode.calls, empty[1].calls),
+            *reports("prefill", prefill.calls, empty[0].calls),
         ]
     for result in results:
         print(json.dumps(result), flush=True)

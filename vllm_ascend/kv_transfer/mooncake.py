@@ -42,6 +42,9 @@ _LOOK_PAST = 8
 """Ranges end about in their order: a look ends at so many that have not. Each costs the engine's thread time,
 which needs Python's lock, too."""
 
+_ASK_AT_ONCE = 16
+"""Ranges that are asked for before other threads get Python's lock."""
+
 _FAILED_BATCH_ENDS_S = 30.0
 
 _TCP_QUEUE = {
@@ -152,6 +155,8 @@ class MooncakeTransport:
                 raise ReadUnsettled(f"Mooncake's transfer engine cannot ask {peer}", under_way.settled)
             under_way.batches.append(batch)
             asked = True
+            if len(under_way.batches) % _ASK_AT_ONCE == 0:
+                time.sleep(0)
         return asked
 
     def _read_batches(self, peer: Session, copies: Copies) -> None:
