@@ -12,6 +12,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -333,9 +335,16 @@ class Engine:
             time.sleep(0.002)
         raise AssertionError(f"nothing of the kind within {timeout_s:g} s")
 
+    def holds(self) -> bool:
+        """Whether the scheduler half keeps blocks for somebody or waits for some."""
+        prefill, decode = self.scheduler._prefill, self.scheduler._decode
+        return (prefill is not None and len(prefill._leases) > 0) or (decode is not None and decode.waits)
+
     def close(self) -> None:
-        for connector in self._closing:
-            connector.shutdown()
+        sessions = [worker.get_handshake_metadata().regions.session for worker in self.workers]
+        with called(sessions):
+            for connector in self._closing:
+                connector.shutdown()
 
     def _allocate(self, rank: int) -> None:
         """Memory for the rank's layers. As vLLM lays them, the n-th layers of all groups share theirs."""
@@ -368,6 +377,30 @@ class Engine:
         connector = self._connector_class(config, role, caches)
         self._closing.append(connector)
         return connector
+
+
+@contextmanager
+def called(sessions: Sequence[str]) -> Iterator[None]:
+    """Call Mooncake engines again and again while they end.
+
+    Each looks once a second, or when somebody calls, whether it should end, and Python's lock is held
+    meanwhile: so another process calls.
+    """
+    ports = [session.rpartition(":")[2] for session in sessions]
+    caller = subprocess.Popen([sys.executable, "-I", "-S", "-c", CALL, *ports], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        caller.communicate()
+
+
+CALL = """
+import select, socket, sys
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    for port in map(int, sys.argv[1:]):
+        with socket.socket() as one:
+            one.connect_ex(("127.0.0.1", port))
+"""
 
 
 @contextmanager

@@ -21,6 +21,8 @@ class FaultyTransport:
 
     inner: Transport
     faults: list[Fault] = field(default_factory=list)
+    detours: dict[Session, Session] = field(default_factory=dict)
+    """Sessions that are reached by another address."""
 
     @property
     def session(self) -> Session:
@@ -30,6 +32,7 @@ class FaultyTransport:
         self.inner.register(regions)
 
     def read(self, peer: Session, copies: Copies) -> None:
+        peer = self.detours.get(peer, peer)
         if self.faults:
             self.faults.pop(0)(self.inner.read, peer, copies)
         else:

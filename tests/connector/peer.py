@@ -2,8 +2,7 @@
 """An engine in a process of its own, which can be killed, frozen, and stopped at any moment of a transfer.
 
 `Node` runs there: an engine that steps by itself and obeys. `Peer` is the handle on it. Processes are forked
-from a server that has loaded vLLM, so that one more costs little. `Line` is the wire to a listener as far as
-it can be cut: a forwarder before it.
+from a server that has loaded vLLM, so that one more costs little.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import selectors
 import signal
 import socket
 import threading
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from connector.engines import Engine, admit, engine_config, prefilled
 from connector.faults import FaultyConnector, Read
+from connector.footprint import Footprint, footprint, grown_since
 from vllm.config import VllmConfig
 
 from vllm_ascend.errors import ReadFailed, ReadUnsettled
@@ -84,16 +83,11 @@ class StoppingRegroup(Regroup):
 
 
 class StoppingConnector(FaultyConnector):
-    """The connector, stopped at will, and telling whether it holds anything."""
+    """The connector, stopped at will."""
 
     @classmethod
     def make_regroup(cls, kv_caches: Sequence[torch.Tensor]) -> Regroup:
         return StoppingRegroup(kv_caches)
-
-    def holds(self) -> bool:
-        """Whether the scheduler half keeps blocks or waits for some."""
-        held = self._prefill is not None and len(self._prefill._leases) > 0
-        return held or (self._decode is not None and self._decode.waits)
 
 
 def stop_within(read: Read, peer: Session, copies: Copies) -> None:
@@ -166,6 +160,15 @@ class Node:
         for transport in self._transports:
             transport.faults[:] = [FAULTS[fault]] if fault else []
 
+    def sessions(self) -> list[str]:
+        """Every rank's, as other engines reach its memory."""
+        return [worker.get_handshake_metadata().regions.session for worker in self._engine.workers]
+
+    def detour(self, by_session: dict[str, str]) -> None:
+        """Read from the sessions that are keys through those that are values."""
+        for transport in self._transports:
+            transport.detours = {Session(true): Session(via) for true, via in by_session.items()}
+
     def at_gate(self) -> bool:
         return Moments.gate.reached.is_set()
 
@@ -201,9 +204,13 @@ class Node:
         return request_id in self._freed
 
     def holds(self) -> bool:
-        scheduler = self._engine.scheduler
-        assert isinstance(scheduler, StoppingConnector)
-        return scheduler.holds()
+        return self._engine.holds()
+
+    def footprint(self) -> Footprint:
+        return footprint()
+
+    def grown_since(self, before: Footprint) -> dict[str, tuple[int, int]]:
+        return grown_since(before)
 
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
@@ -267,70 +274,6 @@ class Peer:
         self.kill()
         with socket.create_server(("127.0.0.1", self.port)):
             return code
-
-
-class Line:
-    """The wire to a listener: `cut`, nothing passes; `heal`ed, what is new does."""
-
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._door.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._door, selectors.EVENT_READ, None)
-        self._whole = threading.Event()
-        self._whole.set()
-        self._ended = False
-        self._thread = threading.Thread(target=self._forward, name="line")
-        self._thread.start()
-
-    def cut(self) -> None:
-        self._whole.clear()
-
-    def heal(self) -> None:
-        self._whole.set()
-
-    def close(self) -> None:
-        self._ended = True
-        self._whole.set()
-        self._thread.join()
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]  # all are sockets
-        self._selector.close()
-
-    def _forward(self) -> None:
-        while not self._ended:
-            for key, _ in self._selector.select(0.05):
-                # While it is cut, what has come is kept here, as a network keeps what it sends again.
-                self._whole.wait()
-                if key.data is None:
-                    self._connect()
-                else:
-                    self._pass_on(key.fileobj, key.data)
-
-    def _connect(self) -> None:
-        caller, _ = self._door.accept()
-        try:
-            listener = socket.create_connection(("127.0.0.1", self._to))
-        except OSError:
-            caller.close()
-            return
-        self._selector.register(caller, selectors.EVENT_READ, listener)
-        self._selector.register(listener, selectors.EVENT_READ, caller)
-
-    def _pass_on(self, source: Any, target: socket.socket) -> None:
-        try:
-            data = source.recv(1 << 16)
-            if data:
-                target.sendall(data)
-                return
-        except OSError:
-            pass
-        for end in (source, target):
-            # Both may have been ready, and the other one's turn came first.
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(end)
-            end.close()
 
 
 def _serve(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_ascend.doctor` as a user runs it: a sound machine, and one fault at a time."""
+"""`python -m vllm_ascend.doctor` as a user runs it: a sound machine, and faults that it tells apart.
+
+A run takes its time, and each finding is there whatever the others are: so a run has several faults.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 from connector.engines import Engine, engine_config, model_folder, prefilled, running
 
+from vllm_ascend.doctor.__main__ import main
 from vllm_ascend.envs import KV_SECRET
 
 SECRET = "correct horse battery staple"
@@ -59,8 +63,10 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{params['remote_host']}:{params['remote_port']}"
 
 
-def test_a_sound_machine_and_a_sound_peer(peer):
-    status, output = doctor("--port", "0", "--peer", peer)
+def test_a_sound_machine_and_a_sound_peer_and_a_taken_port_that_is_no_failure(peer):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, output = doctor("--port", str(port), "--peer", peer)
     assert status == 0, output
     assert "FAIL" not in output
     assert finding(output, "CANN")[0].endswith("libascendcl.so")
@@ -71,36 +77,52 @@ def test_a_sound_machine_and_a_sound_peer(peer):
     # 16 tokens, K and V, 2 heads of 16 elements of 2 bytes.
     for rank in ("rank 0", "rank 1"):
         assert re.search(rf"ok +{rank} +2048 bytes read from 127.0.0.1:\d+", output)
+    found, cure = finding(output, "port")
+    assert found.startswith("warn")
+    assert f"port {port} on 127.0.0.1 is taken" in found
+    assert "kv_port" in cure
     assert output.endswith("0 problems found\n")
     assert SECRET not in output
 
 
-def test_a_peer_with_another_secret(peer):
-    status, output = doctor("--port", "0", "--peer", peer, VLLM_ASCEND_KV_SECRET=None)
+def test_a_peer_with_another_secret_and_a_device_that_is_not_there(peer):
+    status, output = doctor("--port", "0", "--device", "99", "--peer", peer, VLLM_ASCEND_KV_SECRET=None)
     assert status == 1
+    assert output.endswith("2 problems found\n")
     assert finding(output, "environment")[0].startswith("warn")
     found, cure = finding(output, "peer")
     assert "broke off the handshake" in found
     assert cure == "set the same VLLM_ASCEND_KV_SECRET for both"
+    found, cure = finding(output, "device")
+    assert "so there is no npu:99" in found
+    assert "ASCEND_RT_VISIBLE_DEVICES" in cure
 
 
-def test_nobody_at_the_peers_address():
+def test_nobody_at_the_peers_address_and_a_variable_with_a_typo():
     port = free_port()
-    status, output = doctor("--port", "0", "--peer", f"127.0.0.1:{port}")
+    address = f"127.0.0.1:{port}"
+    status, output = doctor("--port", "0", "--peer", address, VLLM_ASCEND_KV_SECRETS="x")
     assert status == 1
+    assert output.endswith("2 problems found\n")
     found, cure = finding(output, "peer")
-    assert found.endswith(f"prefill engine at 127.0.0.1:{port} did not answer within 5 s")
+    assert found.endswith(f"prefill engine at {address} did not answer within 5 s")
     assert cure.startswith("start it, or set kv_connector_extra_config.host")
+    assert "is not a variable of vllm-ascend" in finding(output, "environment")[0]
 
 
-def test_no_runtime():
-    status, output = doctor("--port", "0", LD_LIBRARY_PATH=None)
+def test_no_runtime_and_a_short_secret():
+    status, output = doctor("--port", "0", LD_LIBRARY_PATH=None, VLLM_ASCEND_KV_SECRET="hunter2")
     assert status == 1
+    assert output.endswith("2 problems found\n")
     found, cure = finding(output, "CANN")
     assert "libascendcl.so: cannot open shared object file" in found
     assert "source set_env.sh of CANN" in cure
     # The transfer engine is tried all the same.
     assert re.search(r"ok +memory +16 MiB of main memory registered", output)
+    found, cure = finding(output, "environment")
+    assert "at least 16 characters" in found
+    assert "openssl" in cure
+    assert "hunter2" not in output
 
 
 def test_a_library_that_mooncake_links_is_missing(tmp_path: Path):
@@ -114,48 +136,8 @@ def test_a_library_that_mooncake_links_is_missing(tmp_path: Path):
     assert "apt-get install libibverbs1" in cure
 
 
-def test_a_port_that_is_taken_is_no_failure():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        status, output = doctor("--port", str(port))
-    assert status == 0
-    found, cure = finding(output, "port")
-    assert found.startswith("warn")
-    assert f"port {port} on 127.0.0.1 is taken" in found
-    assert "kv_port" in cure
-
-
-@pytest.mark.parametrize(
-    ("environment", "words", "cure"),
-    [
-        pytest.param({"VLLM_ASCEND_KV_SECRETS": "x"}, "is not a variable of vllm-ascend", "", id="a typo"),
-        pytest.param({"VLLM_ASCEND_KV_SECRET": "hunter2"}, "at least 16 characters", "openssl", id="short"),
-    ],
-)
-def test_a_variable_that_cannot_be_used(environment, words, cure):
-    status, output = doctor("--port", "0", **environment)
-    assert status == 1
-    found = finding(output, "environment")
-    assert words in found[0]
-    assert cure in found[1]
-    assert "hunter2" not in output
-
-
-def test_a_device_that_is_not_there():
-    status, output = doctor("--port", "0", "--device", "99")
-    assert status == 1
-    found, cure = finding(output, "device")
-    assert "so there is no npu:99" in found
-    assert "ASCEND_RT_VISIBLE_DEVICES" in cure
-
-
-def test_an_address_that_is_none_is_refused_with_an_example():
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_ascend.doctor", "--peer", "prefill"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "is not HOST:PORT, such as 10.0.0.5:14579" in done.stderr
+def test_an_address_that_is_none_is_refused_with_an_example(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["--peer", "prefill"])
+    assert ended.value.code == 2
+    assert "is not HOST:PORT, such as 10.0.0.5:14579" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from connector.engines import (
     request,
     running,
 )
+from connector.footprint import footprint, grown_since
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.handshake import Channel
@@ -31,11 +32,31 @@ LEASE_S = 1.0
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    """Everything that the tests do together leaves nothing behind."""
     model = model_folder(Path(tmp_path_factory.mktemp("model")), HEADS)
-    prefill = Engine(engine_config(model, 2, "kv_producer", {"lease_s": LEASE_S}), HEADS)
-    decode = Engine(engine_config(model, 1, "kv_consumer"), HEADS)
-    with running(prefill, decode):
-        yield prefill, decode
+
+    def start() -> tuple[Engine, Engine]:
+        prefill = Engine(engine_config(model, 2, "kv_producer", {"lease_s": LEASE_S}), HEADS)
+        return prefill, Engine(engine_config(model, 1, "kv_consumer"), HEADS)
+
+    # What a process takes once and for all, it takes for the first load.
+    first = start()
+    with running(*first):
+        load(*first, "first")
+    before = footprint()
+    engines = start()
+    with running(*engines):
+        yield engines
+        assert [engine.holds() for engine in engines] == [False, False]
+    assert grown_since(before) == {}
+
+
+def load(prefill: Engine, decode: Engine, name: str) -> None:
+    """One request from prefill to its end at decode."""
+    wanted, _ = admit(decode, name, 20, [1, 2], prefilled(prefill, f"{name} there", 20, [1, 2]))
+    decode.step_until(lambda output: output.finished_recving == {name})
+    assert finish(decode, wanted) is not None
+    assert freed_of(prefill) == {f"{name} there"}
 
 
 def freed_of(prefill: Engine, timeout_s: float = 0.5 * LEASE_S) -> set[str]:
@@ -101,6 +122,20 @@ def test_a_request_that_is_aborted_while_it_prefills_holds_nothing(engines):
     aborted = request("p", 20, {"do_remote_decode": True, "do_remote_prefill": False})
     aborted.status = RequestStatus.FINISHED_ABORTED
     assert prefill.scheduler.request_finished_all_groups(aborted, ([1, 2],)) == (False, None)
+
+
+def test_a_prompt_whose_first_token_ends_the_answer_is_handed_over_like_another(engines):
+    prefill, decode = engines
+    stopped = request("p", 20, {"do_remote_decode": True, "do_remote_prefill": False})
+    stopped.num_computed_tokens = 20
+    stopped.status = RequestStatus.FINISHED_STOPPED
+    held, params = prefill.scheduler.request_finished_all_groups(stopped, ([1, 2],))
+    assert held
+    wanted, num_external = admit(decode, "d", 20, [1, 2], params)
+    assert num_external == 19
+    decode.step_until(lambda output: output.finished_recving == {"d"})
+    assert finish(decode, wanted)["tokens"] == 19
+    assert freed_of(prefill) == {"p"}
 
 
 def test_decode_keeps_a_waiting_request_beyond_its_first_lease(engines):
@@ -271,3 +306,33 @@ def test_what_cannot_be_read_is_a_failed_load_with_its_reason(engines, change, r
     assert (output.finished_recving, output.failed_recving) == ({"d"}, {"d"})
     assert reason in caplog_vllm.text
     assert freed_of(prefill, timeout_s=2 * LEASE_S) == {"p"}
+
+
+def test_descriptors_and_threads_do_not_grow_with_requests(engines):
+    prefill, decode = engines
+
+    def one_of_every_kind(turn: int) -> None:
+        load(prefill, decode, f"loaded {turn}")
+        for name, change in (
+            ("unread", {"remote_block_ids": [[1, NUM_BLOCKS]]}),
+            ("gone", {"remote_port": 9}),
+        ):
+            params = prefilled(prefill, f"{name} {turn} there", 20, [1, 2])
+            admit(decode, f"{name} {turn}", 20, [1, 2], {**params, **change})
+            output = decode.step_until(lambda output: bool(output.finished_recving))
+            assert output.failed_recving == {f"{name} {turn}"}
+            assert freed_of(prefill, 2 * LEASE_S) == {f"{name} {turn} there"}
+        left = request(f"left {turn}", 20, prefilled(prefill, f"left {turn} there", 20, [1, 2]))
+        decode.scheduler.on_new_request(left)
+        finish(decode, left)
+        assert freed_of(prefill) == {f"left {turn} there"}
+
+    # Until each of the reader's threads has had its turn, and has a line of its own to each peer.
+    for turn in range(3):
+        one_of_every_kind(turn)
+    before = footprint()
+    for turn in range(3, 6):
+        one_of_every_kind(turn)
+    assert grown_since(before) == {}
+    assert not prefill.holds()
+    assert not decode.holds()

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 from connector.engines import BLOCK_SIZE, model_folder
-from connector.peer import Line, Node, Peer
+from connector.lines import EngineLine, Line
+from connector.peer import Node, Peer
 
 MOMENTS = ("before handshake", "queued", "reading", "regrouping", "before done", "after done")
 
-# What becomes of the load. "gone": nobody is left to be told. A cell that cannot exist says why.
+# What becomes of the load. "gone": nobody is left to be told; "either": it is loaded, and right, or failed. A
+# cell that cannot exist says why.
 TABLE = {
     # fault, side of it      handshake queued    reading   regroup   before d. after done
     ("kill", "prefill"): ("failed", "failed", "failed", "failed", "failed", "loaded"),
@@ -34,8 +36,11 @@ TABLE = {
     ("freeze", "prefill"): ("failed", "failed", "failed", "failed", "failed", "loaded"),
     # Until the lease has ended and the blocks hold another request's KV.
     ("freeze", "decode"): ("failed", "failed", "failed", "failed", "failed", "loaded"),
-    # Of the line to the listener, until decode has given up. Mooncake's own connections: see freeze.
-    ("cut", "between"): ("failed", "failed", "failed", "failed", "failed", "loaded"),
+    # Of the line to the listener, until decode has given up.
+    ("cut", "side channel"): ("failed", "failed", "failed", "failed", "failed", "loaded"),
+    # Of Mooncake's connections, all of them new, for longer than a read may go on without progress. Mooncake
+    # meets its peer in that time, and what it then reads may be there at the first look.
+    ("cut", "data path"): ("either", "either", "failed", "loaded", "loaded", "loaded"),
     # With everybody alive: decode believes in a longer lease than prefill does.
     ("lease end", "prefill"): ("failed", "failed", "failed", "failed", "failed", "no lease is left"),
     # What the transfer engine returns; no other call of these moments has an error to return.
@@ -43,7 +48,7 @@ TABLE = {
     # Into decode's blocks, after the failure; nothing is ever written into prefill's.
     ("late write", "decode"): ("no read yet", "no read yet", "failed", *(["no read any more"] * 3)),
 }
-OUTCOMES = ("loaded", "failed", "gone")
+OUTCOMES = {"loaded": ("loaded",), "failed": ("failed",), "either": ("loaded", "failed"), "gone": ("gone",)}
 
 CELLS = [
     pytest.param(moment, fault, side, outcome, id=f"{moment} x {fault} x {side}")
@@ -88,19 +93,70 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def test_cell(pair, moment, fault, side, outcome):
     # A line of its own, and so an address that decode has not met.
     line = Line(pair.prefill.port)
+    data_path = DataPath(pair) if side == "data path" else None
     try:
-        transfer = Transfer(pair, line, moment, fault)
+        transfer = Transfer(pair, line, moment, fault, data_path)
         transfer.bring_about()
         STRIKE[fault, side](transfer)
-        assert transfer.verdict() == outcome
+        assert transfer.verdict() in OUTCOMES[outcome]
         transfer.both_let_go()
-        next_one = Transfer(pair, line, "", "", (NEXT_REMOTE, NEXT_LOCAL))
+        next_one = Transfer(pair, line, blocks=(NEXT_REMOTE, NEXT_LOCAL))
         next_one.start()
         assert next_one.verdict() == "loaded"
         next_one.both_let_go()
         transfer.nothing_came_late()
     finally:
         line.close()
+        if data_path is not None:
+            data_path.close()
+
+
+def test_after_all_that_no_process_grows(pair):
+    """The processes that came through the cells above, with every kind of transfer that leaves both alive."""
+    line = Line(pair.prefill.port)
+
+    def one_of_every_kind() -> None:
+        for fault in ("", "error", "late write"):
+            transfer = Transfer(pair, line, "reading", fault)
+            transfer.bring_about()
+            STRIKE.get((fault, "decode"), Transfer.go_on)(transfer)
+            assert transfer.verdict() == ("failed" if fault else "loaded")
+            transfer.both_let_go()
+
+    try:
+        # Until each of the reader's threads has had its turn, and has a line of its own to its peer.
+        for _ in range(3):
+            one_of_every_kind()
+        before = [peer.do(Node.footprint) for peer in (pair.prefill, pair.decode)]
+        for _ in range(5):
+            one_of_every_kind()
+        for peer, then in zip((pair.prefill, pair.decode), before, strict=True):
+            assert peer.do(Node.grown_since, then) == {}
+    finally:
+        line.close()
+
+
+class DataPath:
+    """Wires to all of prefill's transfer engines, of their own, and so addresses that decode has not met."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._decode = pair.decode
+        by_session = {session: EngineLine(session) for session in pair.prefill.do(Node.sessions)}
+        self._lines = list(by_session.values())
+        self._decode.do(Node.detour, {session: line.session for session, line in by_session.items()})
+
+    def cut(self) -> None:
+        for line in self._lines:
+            line.cut()
+
+    def heal(self) -> None:
+        for line in self._lines:
+            line.heal()
+
+    def close(self) -> None:
+        self._decode.do(Node.detour, {})
+        for line in self._lines:
+            line.close()
 
 
 class Transfer:
@@ -110,11 +166,13 @@ class Transfer:
         self,
         pair: Pair,
         line: Line,
-        moment: str,
-        fault: str,
+        moment: str = "",
+        fault: str = "",
+        data_path: DataPath | None = None,
         blocks: tuple[list[int], list[int]] = (REMOTE, LOCAL),
     ) -> None:
         self.prefill, self.decode, self.line = pair.prefill, pair.decode, line
+        self._data_path = data_path
         self.moment, self._fault = moment, fault
         self.remote, self.local = blocks
         number = next(pair.ids)
@@ -197,7 +255,7 @@ class Transfer:
         self.go_on()
         if self.moment in ("queued", "reading"):
             # What was asked for may come as long as nobody knows otherwise, and it does when prefill resumes.
-            time.sleep(2 * TIMEOUTS["read_timeout_s"])
+            time.sleep(1.5 * TIMEOUTS["read_timeout_s"])
             assert self.decode.do(Node.verdict, self.at_decode) is None
         else:
             self.verdict()
@@ -214,6 +272,18 @@ class Transfer:
         self.go_on()
         self.verdict()
         self.line.heal()
+
+    def cut_data_path(self) -> None:
+        assert self._data_path is not None
+        self._data_path.cut()
+        self.go_on()
+        if self.moment in ("before handshake", "queued", "reading"):
+            # What was asked for may come as long as the wire may be healed, and it does.
+            time.sleep(1.5 * TIMEOUTS["read_timeout_s"])
+            assert self.decode.do(Node.verdict, self.at_decode) is None
+        else:
+            assert self.verdict() == "loaded"
+        self._data_path.heal()
 
     def end_lease(self) -> None:
         self.lease_ends()
@@ -238,7 +308,8 @@ STRIKE = {
     ("replace", "prefill"): Transfer.replace_prefill,
     ("freeze", "prefill"): Transfer.freeze_prefill,
     ("freeze", "decode"): Transfer.freeze_decode,
-    ("cut", "between"): Transfer.cut_line,
+    ("cut", "side channel"): Transfer.cut_line,
+    ("cut", "data path"): Transfer.cut_data_path,
     ("lease end", "prefill"): Transfer.end_lease,
     ("error", "decode"): Transfer.fail_read,
     ("late write", "decode"): Transfer.write_late,

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
+from connector.engines import Engine, admit, engine_config, model_folder, prefilled, running
 
 from vllm_ascend.kv_transfer.blocks import neighbours
+from vllm_ascend.kv_transfer.connector import MooncakeConnector
 from vllm_ascend.kv_transfer.plan import share_positions
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Regroup
 
@@ -72,3 +77,30 @@ def test_a_fence_waits_for_the_work_before_it():
         assert not copied.query()
         regroup.fence().wait()
         assert copied.query()
+
+
+class WatchedRegroup(Regroup):
+    """Notes the device that is current in the thread, and the one that the rank has."""
+
+    found: ClassVar[list[tuple[int, int]]] = []
+
+    def run(self, local_blocks: Any, positions: Any, run_lengths: Any) -> None:
+        self.found.append((torch.npu.current_device(), self._device.index))
+        super().run(local_blocks, positions, run_lengths)
+
+
+class WatchedConnector(MooncakeConnector):
+    @classmethod
+    def make_regroup(cls, kv_caches: Sequence[torch.Tensor]) -> Regroup:
+        return WatchedRegroup(kv_caches)
+
+
+def test_reader_threads_have_their_ranks_device_and_open_no_other(tmp_path):
+    model = model_folder(tmp_path, 4)
+    prefill = Engine(engine_config(model, 4, "kv_producer"), 4)
+    decode = Engine(engine_config(model, 2, "kv_consumer"), 4, connector=WatchedConnector)
+    with running(prefill, decode):
+        for turn in range(4):
+            admit(decode, f"d{turn}", 17, [1, 2], prefilled(prefill, f"p{turn}", 17, [1, 2]))
+            decode.step_until(lambda output: bool(output.finished_recving))
+    assert sorted(WatchedRegroup.found) == [(0, 0)] * 4 + [(1, 1)] * 4

@@ -10,14 +10,26 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
-from connector.engines import Engine, admit, cache_config, engine_config, model_folder, prefilled, running
+from connector.engines import (
+    Engine,
+    admit,
+    cache_config,
+    called,
+    engine_config,
+    model_folder,
+    prefilled,
+    running,
+)
 from connector.topologies import Model
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from vllm_ascend.errors import ConfigError
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
+from vllm_ascend.kv_transfer.mooncake import MooncakeTransport
+from vllm_ascend.kv_transfer.transport import Address, Region
 
 HEADS = 4
 
@@ -221,3 +233,15 @@ def test_a_missing_library_is_named_with_its_package(tmp_path):
     assert ended.returncode != 0
     assert "libibverbs.so.1" in last_line
     assert "apt-get install libibverbs1" in last_line
+
+
+def test_memory_that_mooncake_does_not_register_is_an_error_that_names_the_limit():
+    transport = MooncakeTransport("127.0.0.1", "tcp")
+    memory = np.zeros(4096, dtype=np.uint8)
+    region = Region(Address(memory.ctypes.data), memory.nbytes)
+    transport.register([region])
+    # Twice the same, which the engine refuses as it refuses more than it may lock.
+    with pytest.raises(ConfigError, match=r"cannot register 4096 bytes of KV cache.*ulimit -l"):
+        transport.register([region])
+    with called([transport.session]):
+        transport.close()

@@ -12,6 +12,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/**/*.md"))]
 OURS = [path for path in DOCUMENTS if not {".venv", "build", ".git"} & set(path.relative_to(ROOT).parts)]
 # A word in backticks that begins with one of our folders is a path.
 NAMED_PATH = re.compile(r"`((?:vllm_ascend|csrc|tests|examples|docs|\.setup|\.ci)/[\w./-]*)`")
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -21,6 +22,23 @@ def test_links_and_named_files_exist(document: Path):
     gone = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     gone += [name for name in NAMED_PATH.findall(text) if not (ROOT / name).exists()]
     assert gone == []
+
+
+@pytest.mark.parametrize("document", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_tests_exist(document: Path):
+    named = NAMED_TEST.findall(document.read_text())
+    assert [f"{file}::{test}" for file, test in named if not _has_test(ROOT / file, test)] == []
+
+
+def test_every_failure_that_users_report_has_a_test():
+    lines = (ROOT / "docs" / "faults.md").read_text().splitlines()
+    failures = [line for line in lines if re.match(r"\| \d+\. ", line)]
+    assert len(failures) == 15
+    assert [line for line in failures if not NAMED_TEST.search(line)] == []
+
+
+def _has_test(file: Path, test: str) -> bool:
+    return file.exists() and re.search(rf"^def {test}\(", file.read_text(), re.MULTILINE) is not None
 
 
 def test_the_architecture_page_names_files():
