@@ -22,7 +22,7 @@ MODEL = HERE / "recall_model"
 sys.path[:0] = [str(HERE / "disaggregated"), str(MODEL)]
 
 from recall import Question, make_question  # noqa: E402  (found through the two folders above)
-from servers import Server, ServerFailed, engine, router, wait_all  # noqa: E402
+from servers import Server, ServerFailed, engine, router, running  # noqa: E402
 
 # One block of 128 tokens, its edges, and several blocks with and without a part of one at the end.
 PROMPT_TOKENS = (17, 127, 128, 129, 200, 256, 300, 385, 448, 512)
@@ -53,19 +53,19 @@ def main() -> int:
     options = parser.parse_args()
     log_dir = Path(tempfile.mkdtemp(prefix="vllm-ascend-quickstart-"))
     servers = _servers(log_dir, on_cards=options.on_cards)
-    # Being told to end must stop the servers too: as an exception it passes through `finally` below.
+    # Being told to end must stop the servers too: as an exception it ends `running` below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    prefill, decode, ordinary, front = servers
+    print(f"starting {', '.join(server.name for server in servers)}")
+    show = _Progress()
     try:
-        prefill, decode, ordinary, front = servers
-        _start(servers)
-        outcomes = _ask(front, ordinary)
+        with running(servers, tell=show):
+            show.end("all servers answer")
+            outcomes = _ask(front, ordinary)
+            print("stopping every process")
     except ServerFailed as error:
         print(f"\n{error}\nThe logs are in {log_dir}", file=sys.stderr)
         return 1
-    finally:
-        print("stopping every process")
-        for server in servers:
-            server.stop()
     agreed = [outcome for outcome in outcomes if outcome.verdict == "same, right"]
     print(
         f"VERDICT: {len(agreed)} of {len(outcomes)} answers right and equal, "
@@ -94,15 +94,6 @@ def _servers(log_dir: Path, on_cards: bool) -> list[Server]:
     decode = serve("decode-tp1", [2], kv_transfer_config=connector("kv_consumer"))
     ordinary = serve("ordinary-tp1", [3])
     return [prefill, decode, ordinary, router([prefill], [decode], log_dir)]
-
-
-def _start(servers: Sequence[Server]) -> None:
-    print(f"starting {', '.join(server.name for server in servers)}")
-    for server in servers:
-        server.start()
-    show = _Progress()
-    wait_all(servers, tell=show)
-    show.end("all servers answer")
 
 
 class _Progress:

@@ -2,7 +2,8 @@
 """Server processes for the quickstart and the tests: started, waited for, stopped with all they started.
 
 A `Server` is a command that answers `GET /health` on a port. `engine()` makes the command of a `vllm serve`,
-`router()` that of the proxy beside this file. Nothing here knows what the servers do.
+`router()` that of the proxy beside this file; `running()` starts several at once and stops them. Nothing here
+knows what the servers do.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +31,7 @@ class ServerFailed(Exception):
 
 @dataclass
 class Server:
-    """One process group with an HTTP port: `start`, `wait_ready`, `stop`; a context manager does all."""
+    """One process group with an HTTP port: `start`, `wait_ready`, `stop`; `running()` does all three."""
 
     name: str
     command: Sequence[str]
@@ -83,7 +84,7 @@ class Server:
         return parsed
 
     def wait_ready(self) -> Self:
-        wait_all([self], tell=lambda _: None)
+        wait_all([self])
         return self
 
     def stop(self, patience_s: float = 20) -> None:
@@ -105,16 +106,6 @@ class Server:
         """The last lines that the server wrote."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    def __enter__(self) -> Self:
-        try:
-            return self.start().wait_ready()
-        except BaseException:
-            self.stop()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def _signal(self, number: int) -> bool:
         """Send `number` to the group; False when nobody is left in it."""
         assert self._process is not None
@@ -126,8 +117,32 @@ class Server:
         return True
 
 
-def wait_all(servers: Sequence[Server], tell: Callable[[str], None]) -> None:
-    """Wait until every server answers, telling each time what is still waited for.
+@contextlib.contextmanager
+def running(servers: Sequence[Server], tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Start all servers at once, wait until every one answers, and stop them at the end, whatever ends it.
+
+    Raises:
+        ServerFailed: as `wait_all` does; nothing is left running then.
+    """
+    with started(servers):
+        wait_all(servers, tell)
+        yield
+
+
+@contextlib.contextmanager
+def started(servers: Sequence[Server]) -> Iterator[None]:
+    """Start all servers at once, and stop them at the end, whatever ends it; nobody waits for an answer."""
+    try:
+        for server in servers:
+            server.start()
+        yield
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def wait_all(servers: Sequence[Server], tell: Callable[[str], None] | None = None) -> None:
+    """Wait until every server answers; `tell` is told, time and again, what is still waited for.
 
     Raises:
         ServerFailed: one of them ended, or did not answer within its `ready_timeout_s`.
@@ -143,7 +158,8 @@ def wait_all(servers: Sequence[Server], tell: Callable[[str], None]) -> None:
                     f"{server.name} did not answer within {server.ready_timeout_s:.0f} s\n{server.log_end()}"
                 )
         if waiting:
-            tell(f"{waited_s:3.0f} s  waiting for {', '.join(server.name for server in waiting)}")
+            if tell is not None:
+                tell(f"{waited_s:3.0f} s  waiting for {', '.join(server.name for server in waiting)}")
             time.sleep(0.5)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from recall import Question
-from servers import Server, engine, router, wait_all
+from servers import Server, engine, router, running
 
 MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
 MODEL_NAME = "recall"
@@ -62,14 +62,8 @@ def start_fleet(
     decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer")
     ordinary = serve("ordinary", [7])
     fleet = Fleet(model, block_size, prefill, decode, router([prefill], [decode], log_dir), ordinary)
-    try:
-        for server in fleet.servers:
-            server.start()
-        wait_all(fleet.servers, tell=lambda _: None)
+    with running(fleet.servers):
         yield fleet
-    finally:
-        for server in fleet.servers:
-            server.stop()
 
 
 def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:

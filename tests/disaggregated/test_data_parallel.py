@@ -9,7 +9,7 @@ import httpx
 import pytest
 from disaggregated.fleet import MODEL, body, connector, engine_options, text_of
 from recall import make_question
-from servers import HOST, Server, engine, free_port
+from servers import HOST, Server, engine, free_port, running
 
 KV_PORT = free_port()
 
@@ -29,7 +29,7 @@ def ranks(log_dir: Path) -> Iterator[Server]:
         # vLLM would start an API server for each rank.
         options=(*engine_options(64), "--data-parallel-size", "2", "--api-server-count", "1"),
     )
-    with replicated:
+    with running([replicated]):
         yield replicated
 
 

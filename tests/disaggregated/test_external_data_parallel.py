@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from disaggregated.fleet import MODEL, connector, engine_options, hand_over, text_of
 from recall import make_question
-from servers import HOST, Server, engine, free_port, wait_all
+from servers import HOST, Server, engine, free_port, running
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,8 @@ def ranks(log_dir: Path) -> Iterator[list[Server]]:
         )
         for rank in range(2)
     ]
-    try:
-        for server in servers:
-            server.start()
-        wait_all(servers, tell=lambda _: None)
+    with running(servers):
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def test_ranks_with_unequal_numbers_of_tokens_answer_right(ranks: list[Server]):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from disaggregated.fleet import MODEL, blocks_in_use, body, complete, connector, engine_options, text_of
-from recall import make_question
-from servers import HOST, Server, ServerFailed, engine, free_port
+from recall import make_question, vocabulary
+from servers import HOST, Server, ServerFailed, engine, free_port, started, wait_all
+
+from vllm_ascend.kv_transfer.messages import prompt_digest
 
 OPTIONS = engine_options(block_size=128)
 ASK_FOR_REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -52,16 +54,9 @@ def engines(log_dir: Path) -> Iterator[Engines]:
                 "unknown-protocol", 3, "kv_consumer", kv_connector_extra_config={"protocol": "smoke"}
             ),
         )
-        everyone = list(vars(servers).values())
-        try:
-            for server in everyone:
-                server.start()
-            for server in (servers.decode, servers.stranger):
-                server.wait_ready()
+        with started(list(vars(servers).values())):
+            wait_all([servers.decode, servers.stranger])
             yield servers
-        finally:
-            for server in everyone:
-                server.stop()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +88,9 @@ def test_a_peer_that_nobody_reaches_is_a_clean_error_and_the_next_request_works(
         "remote_block_ids": [[1, 2, 3]],
         "remote_num_tokens": 300,
         "remote_block_size": 128,
+        "remote_lease": 0,
         "remote_lease_s": 30.0,
+        "remote_prompt_digest": prompt_digest([vocabulary().index(word) for word in question.prompt.split()]),
         "tp_size": 1,
     }
     with pytest.raises(ServerFailed, match="answered 5"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from disaggregated.fleet import MODEL, MODEL_NAME, connector, engine_options, hand_over, text_of
 from recall import make_question
-from servers import Server, engine, wait_all
+from servers import Server, engine, running
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,8 @@ def engines(log_dir: Path) -> Iterator[Engines]:
     wide = serve("wide", [3, 4], "kv_consumer", 64, 2)
     staged_decode = serve("staged-decode", [5, 6], "kv_consumer", 128, 1, *in_stages)
     servers = [narrow, staged_prefill, wide, staged_decode]
-    try:
-        for server in servers:
-            server.start()
-        wait_all(servers, tell=lambda _: None)
+    with running(servers):
         yield Engines(*servers)
-    finally:
-        for server in servers:
-            server.stop()
 
 
 @pytest.mark.parametrize(

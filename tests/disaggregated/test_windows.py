@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from disaggregated.fleet import MODEL_NAME, connector, engine_options
 from engine.models import NUM_NEW_TOKENS, RANDOM_MODELS, greedy_tokens, prompts_of
-from servers import Server, engine, router, wait_all
+from servers import Server, engine, router, running
 
 NAME, BLOCK_SIZE = "gemma3", 16
 # A card's attention takes no float32, in which tokens are compared one for one.
@@ -41,15 +41,8 @@ def front(model: Path, log_dir: Path) -> Iterator[Server]:
     prefill = serve("windowed-prefill", [0, 1], "kv_producer")
     decode = serve("windowed-decode", [2], "kv_consumer")
     front = router([prefill], [decode], log_dir, name="windowed-router")
-    servers = [prefill, decode, front]
-    try:
-        for server in servers:
-            server.start()
-        wait_all(servers, tell=lambda _: None)
+    with running([prefill, decode, front]):
         yield front
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def test_tokens_are_those_of_transformers_and_blocks_those_still_seen(front: Server, model: Path) -> None:
