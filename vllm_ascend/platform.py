@@ -38,6 +38,11 @@ _LATENT_PREFILL = "vllm_ascend.attention.latent.LatentPrefill"
 _WORKER = "vllm_ascend.worker.worker.NPUWorker"
 _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
 
+_PUNICA = "vllm_ascend.ops.lora.NPUPunicaWrapper"
+
+DRAFTERS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
+"""Ways of vLLM to draft tokens whose kernels have torch versions here."""
+
 
 class NPUPlatform(Platform):
     """Ascend NPUs through torch_npu: device type `npu`, dispatch key PrivateUse1, collectives by HCCL."""
@@ -155,6 +160,10 @@ class NPUPlatform(Platform):
     @classmethod
     def get_device_communicator_cls(cls) -> str:
         return _COMMUNICATOR
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return _PUNICA
 
     @classmethod
     def support_hybrid_kv_cache(cls) -> bool:
@@ -286,8 +295,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             vllm_config.kernel_config.moe_backend != "auto"
         ),
         "enable_dbo": parallel.enable_dbo,
-        "speculative_config": vllm_config.speculative_config is not None,
-        "lora_config (--enable-lora)": vllm_config.lora_config is not None,
+        "lora_config (--enable-lora) with a mixture of experts": (
+            vllm_config.lora_config is not None and vllm_config.model_config.is_moe
+        ),
+        **_speculative_wishes(vllm_config),
     }
     asked = [name for name, is_asked in wishes.items() if is_asked]
     if asked:
@@ -309,6 +320,20 @@ def _refuse_recurrent_state(vllm_config: VllmConfig) -> None:
         f"{model.architecture} has layers with recurrent state ({', '.join(kinds)} of {text.model_type}), "
         f"whose kernels are not there yet on NPUs; use a model that has attention alone"
     )
+
+
+def _speculative_wishes(vllm_config: VllmConfig) -> dict[str, bool]:
+    """What speculative decoding may be asked for beyond the drafters in DRAFTERS, and whether it is."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return {}
+    sampling = speculative.rejection_sample_method
+    return {
+        f"speculative_config with method={speculative.method}": speculative.method not in DRAFTERS,
+        "speculative_config with parallel_drafting": bool(speculative.parallel_drafting),
+        f"speculative_config with rejection_sample_method={sampling}": sampling != "standard",
+        "speculative_config with kv_transfer_config": vllm_config.kv_transfer_config is not None,
+    }
 
 
 def _check_device_count(vllm_config: VllmConfig) -> None:

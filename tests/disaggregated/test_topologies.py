@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of every kind that differ, at once: tensor and pipeline parallel, block sizes."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from disaggregated.fleet import MODEL, connector, engine_options, hand_over, text_of
+from disaggregated.fleet import MODEL, MODEL_NAME, connector, engine_options, hand_over, text_of
 from recall import make_question
 from servers import Server, engine, running
 
@@ -83,3 +86,24 @@ def test_one_prefill_engine_feeds_decode_engines_of_different_sizes_at_the_same_
     assert [question.accepts(answer) for question, answer in zip(questions, answers, strict=True)] == [
         True
     ] * 12
+
+
+def test_vllm_bench_serve_measures_an_engine(engines: Engines, tmp_path: Path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *("--base-url", engines.narrow.url, "--model", MODEL_NAME, "--tokenizer", MODEL),
+            *("--dataset-name", "random", "--random-input-len", "40", "--random-output-len", "8"),
+            *("--num-prompts", "4", "--ignore-eos", "--save-result"),
+            *("--result-dir", tmp_path, "--result-filename", "result.json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (4, 32)
+    assert result["mean_ttft_ms"] > 0

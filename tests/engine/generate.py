@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs engines one after the other in a process of its own: `generate.py JOBS RESULTS`, two JSON files.
+"""Runs engines one after the other in a process of its own: `-m engine.generate JOBS RESULTS`, JSON files.
 
 A job is a model, options for `vllm.LLM`, and batches of prompts (token ids) that one engine gets in turn. The
 answer holds, for each batch and prompt, the tokens, the log-probability of each, and how many prompt tokens
@@ -42,27 +42,16 @@ Answers = dict[str, list[list[Answer]]]
 
 
 def main(jobs: Path, results: Path) -> None:
-    # Engine and first worker in this process: nothing is imported twice.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Nothing that is imported becomes garbage; looking for it takes a third of the time.
-    gc.disable()
-    import vllm.v1.worker.gpu_model_runner  # noqa: F401
-
-    gc.enable()
+    without_multiprocessing()
     answers = [run(Job(**job)) for job in json.loads(jobs.read_text())]
     results.write_text(json.dumps([[[asdict(a) for a in batch] for batch in job] for job in answers]))
 
 
 def run(job: Job) -> list[list[Answer]]:
     """Start an engine for the job, ask it everything, stop it."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm import SamplingParams
 
-    options = dict(job.options)
-    if job.port is not None:
-        os.environ["MASTER_PORT"] = str(job.port)
-        options["distributed_executor_backend"] = "external_launcher"
-    llm = LLM(job.model, skip_tokenizer_init=True, **options)
+    llm = start(job.model, job.options | {"skip_tokenizer_init": True}, job.port)
     sampling = SamplingParams(
         temperature=0, max_tokens=job.num_new_tokens, ignore_eos=True, logprobs=0, detokenize=False
     )
@@ -70,11 +59,37 @@ def run(job: Job) -> list[list[Answer]]:
     for batch in job.batches:
         prompts = [{"prompt_token_ids": prompt} for prompt in batch]
         answers.append([_answer(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
+    stop(llm)
+    return answers
+
+
+def without_multiprocessing() -> None:
+    """Have engines and their first workers in this process, and import vLLM."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Nothing that is imported becomes garbage; looking for it takes a third of the time.
+    gc.disable()
+    import vllm.v1.worker.gpu_model_runner  # noqa: F401
+
+    gc.enable()
+
+
+def start(model: str, options: dict[str, Any], port: int | None) -> Any:
+    """A vllm.LLM; with a port, this process's rank of it."""
+    from vllm import LLM
+
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
+        options = options | {"distributed_executor_backend": "external_launcher"}
+    return LLM(model, **options)
+
+
+def stop(llm: Any) -> None:
+    """End the engine and leave the devices to the next."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
     llm.llm_engine.engine_core.shutdown()
-    del llm
     # It collects the garbage too.
     cleanup_dist_env_and_memory()
-    return answers
 
 
 def _answer(request: Any) -> Answer:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.ask import Inquiry, Report, report_of
 from engine.generate import Answer, Job
 
 MAX_BATCHED_TOKENS = 96
@@ -23,6 +24,7 @@ MAX_BATCHED_TOKENS = 96
 ON_EMULATOR_WITH_FLOAT32 = ("-m", "vllm_ascend.emulator", "--devices", "2", "--allow-fp32", sys.executable)
 
 _POLL_S = 0.1
+_TESTS = Path(__file__).parents[1]
 
 
 def job(folder: Path, batches: list[list[list[int]]], num_new_tokens: int, **options: Any) -> Job:
@@ -57,13 +59,20 @@ class Running:
 
     def answers(self) -> list[list[list[Answer]]]:
         """Of each job, in the order in which they were given; waits until all are there."""
+        return [[[Answer(**answer) for answer in batch] for batch in batches] for batches in self._results()]
+
+    def reports(self) -> list[Report]:
+        """As `answers`, of inquiries."""
+        return [report_of(result) for result in self._results()]
+
+    def _results(self) -> list[Any]:
         self._wait()
         results: list[Any] = [None] * self._num_jobs
         for group in self._groups:
             first, *others = [json.loads(path.read_text()) for path in group.results]
             assert all(other == first for other in others), "the ranks of an engine give different answers"
-            for index, batches in zip(group.jobs, first, strict=True):
-                results[index] = [[Answer(**answer) for answer in batch] for batch in batches]
+            for index, result in zip(group.jobs, first, strict=True):
+                results[index] = result
         return results
 
     def _wait(self) -> None:
@@ -84,7 +93,9 @@ class Running:
 
 
 @contextmanager
-def started(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> Iterator[Running]:
+def started(
+    jobs: Sequence[Job] | Sequence[Inquiry], folder: Path, launcher: Sequence[str] = ()
+) -> Iterator[Running]:
     """The jobs run side by side: those of each tensor-parallel size in processes of their own.
 
     They are started through `launcher`, and what is left of them ends with the context. Jobs with pipeline
@@ -108,7 +119,12 @@ def run(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> list
 
 
 def _start(
-    size: int, indices: list[int], jobs: list[Job], folder: Path, launcher: Sequence[str], stack: ExitStack
+    size: int,
+    indices: list[int],
+    jobs: Sequence[Job | Inquiry],
+    folder: Path,
+    launcher: Sequence[str],
+    stack: ExitStack,
 ) -> _Group:
     if size > 1:
         jobs = [replace(job, port=port) for job, port in zip(jobs, _free_ports(len(jobs)), strict=True)]
@@ -119,10 +135,12 @@ def _start(
         log, results = folder / f"log-{size}-{rank}.txt", folder / f"results-{size}-{rank}.json"
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
         process = subprocess.Popen(
-            [sys.executable, *launcher, Path(__file__).with_name("generate.py"), written, results],
+            [sys.executable, *launcher, "-m", type(jobs[0]).__module__, written, results],
             stdout=stack.enter_context(log.open("wb")),
             stderr=subprocess.STDOUT,
-            env=os.environ | ({name: str(value) for name, value in place.items()} if size > 1 else {}),
+            env=os.environ
+            | {"PYTHONPATH": f"{_TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+            | ({name: str(value) for name, value in place.items()} if size > 1 else {}),
         )
         stack.callback(process.wait)
         stack.callback(process.kill)

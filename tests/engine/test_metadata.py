@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_ascend.attention.metadata import GroupedAttentionMetadataBuilder, operator_slots
+from vllm_ascend.attention.metadata import (
+    GroupedAttentionMetadataBuilder,
+    kv_lengths_of,
+    operator_slots,
+)
 
 BLOCK_SIZE = 16
 NUM_PADDING_TOKENS = 3
@@ -36,7 +41,7 @@ def test_slots_of_padding_stay_negative() -> None:
 def test_a_step_with_a_chunk_and_a_decode() -> None:
     """Request 0 computes tokens 16 to 19 of its prompt (blocks 3, 4); request 1 decodes token 8 (block 9)."""
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
-    builder = GroupedAttentionMetadataBuilder(spec, ["layer"], None, torch.device("cpu"))
+    builder = GroupedAttentionMetadataBuilder(spec, ["layer"], VllmConfig(), torch.device("cpu"))
     starts = torch.tensor([0, 4, 5], dtype=torch.int32)
     lengths = torch.tensor([20, 9], dtype=torch.int32)
     built = builder.build(
@@ -62,3 +67,29 @@ def test_a_step_with_a_chunk_and_a_decode() -> None:
     assert built.block_size == BLOCK_SIZE
     assert built.mask.dtype is torch.int8
     assert built.mask[:3, :3].tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("drafts", "expected"),
+    [
+        pytest.param(True, [18, 9], id="drafts: what the device knows, after two were rejected"),
+        pytest.param(False, [20, 9], id="no drafts: what the host knows, without waiting"),
+    ],
+)
+def test_lengths_after_rejected_drafts(drafts: bool, expected: list[int]) -> None:
+    starts = torch.tensor([0, 4, 5], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([18, 9, 777], dtype=torch.int32, device="npu"),
+        seq_lens_cpu_upper_bound=torch.tensor([20, 9, 777], dtype=torch.int32),
+        num_reqs=2,
+        num_actual_tokens=5,
+        max_query_len=4,
+        max_seq_len=20,
+        block_table_tensor=torch.zeros(2, 4, dtype=torch.int32),
+        slot_mapping=torch.zeros(5, dtype=torch.int64),
+    )
+    lengths = kv_lengths_of(common, drafts)
+    assert lengths.device.type == "cpu"
+    assert lengths.tolist() == expected

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.families import FAMILIES
 from vllm.config import KVTransferConfig
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,11 +48,23 @@ def _environment_of_vllm() -> Any:
             "tensor_parallel_size=64 and pipeline_parallel_size=1 need 64 NPUs on this machine, which has",
             id="more ranks than NPUs",
         ),
-        pytest.param({"enable_lora": True}, "not there yet on NPUs: lora_config", id="LoRA"),
         pytest.param(
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "not there yet on NPUs: speculative_config",
-            id="speculative decoding",
+            {"speculative_config": NGRAM | {"method": "ngram_gpu"}},
+            "not there yet on NPUs: speculative_config with method=ngram_gpu",
+            id="a drafter that is compiled",
+        ),
+        pytest.param(
+            {"speculative_config": NGRAM | {"rejection_sample_method": "block"}},
+            "not there yet on NPUs: speculative_config with rejection_sample_method=block",
+            id="another way to reject drafts",
+        ),
+        pytest.param(
+            {
+                "speculative_config": NGRAM,
+                "kv_transfer_config": {"kv_connector": "MooncakeConnectorV1", "kv_role": "kv_producer"},
+            },
+            "not there yet on NPUs: speculative_config with kv_transfer_config",
+            id="drafts beside a connector",
         ),
         pytest.param(
             {"moe_backend": "triton"},
@@ -77,6 +92,17 @@ def test_a_model_that_pools_transfers_no_kv(checkpoints: dict[str, Path]) -> Non
 def test_what_vllm_refuses_stays_refused_in_its_words(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"heads \(8\) must be divisible by tensor parallel size \(3\)"):
         configure(checkpoints["llama"], tensor_parallel_size=3)
+
+
+def test_adapters_of_experts_are_refused(tmp_path: Path) -> None:
+    FAMILIES["MixtralForCausalLM"].tiny.save(tmp_path)
+    with pytest.raises(ValueError, match=r"NPUs: lora_config \(--enable-lora\) with a mixture of experts"):
+        configure(tmp_path, enable_lora=True)
+
+
+def test_sleep_mode_is_refused_by_vllm(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        configure(checkpoints["llama"], enable_sleep_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_ascend.attention.metadata import causal_mask
+from vllm_ascend.attention.metadata import causal_mask, kv_lengths_of
 
 if TYPE_CHECKING:
     from vllm_ascend.attention.latent import LatentPrefill
@@ -98,6 +98,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._block_size = kv_cache_spec.block_size
         self._mask = causal_mask(device)
+        self._drafts = vllm_config.speculative_config is not None
         self._max_decompressed = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(
             vllm_config
         )
@@ -112,9 +113,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     ) -> LatentMetadata:
         common = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
-        # Exact, despite its name: it is a bound where drafts may be rejected, and those are refused.
-        assert common.seq_lens_cpu_upper_bound is not None
-        kv_lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs]
+        kv_lengths = kv_lengths_of(common, self._drafts)
         prefill = None
         if num_prefills:
             prefill = self._prefill_metadata(common, kv_lengths, num_decodes)

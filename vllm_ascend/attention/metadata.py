@@ -66,6 +66,7 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
             )
         self._block_size = kv_cache_spec.block_size
         self._mask = causal_mask(device)
+        self._drafts = vllm_config.speculative_config is not None
 
     def build(
         self,
@@ -75,9 +76,7 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
     ) -> GroupedAttentionMetadata:
         common = common_attn_metadata
         query_ends = common.query_start_loc_cpu[1 : common.num_reqs + 1].tolist()
-        # Exact, despite its name: it is a bound where drafts may be rejected, and those are refused.
-        assert common.seq_lens_cpu_upper_bound is not None
-        kv_lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        kv_lengths = kv_lengths_of(common, self._drafts).tolist()
         num_tokens = query_ends[-1]
         num_columns = cdiv(max(kv_lengths), self._block_size)
         return GroupedAttentionMetadata(
@@ -89,6 +88,18 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
             block_size=self._block_size,
             mask=self._mask,
         )
+
+
+def kv_lengths_of(common: CommonAttentionMetadata, drafts: bool) -> torch.Tensor:
+    """int [requests], on the host: tokens in the KV cache of each, those of this step included.
+
+    drafts: whether some of an earlier step may have been rejected.
+    """
+    if drafts:
+        # The host knows a bound only; which drafts were rejected, the device knows, and it is waited for.
+        return common.seq_lens[: common.num_reqs].cpu()
+    assert common.seq_lens_cpu_upper_bound is not None
+    return common.seq_lens_cpu_upper_bound[: common.num_reqs]
 
 
 def operator_slots(slots: torch.Tensor, block_size: int) -> torch.Tensor:

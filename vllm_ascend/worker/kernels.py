@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch versions of the kernels that vLLM writes in Triton, registered in their place.
 
-One kernel lies on the path of an engine: the slot of each token of a batch. Its parameters are the Triton
-kernel's, in the same order.
+One kernel lies on the path of every engine: the slot of each token of a batch. Its parameters are the Triton
+kernel's, in the same order. Those of speculative decoding are in `acceptance` and `drafting`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ import functools
 
 import torch
 
+from vllm_ascend.worker import acceptance, drafting
+
 
 @functools.cache
 def register() -> None:
     """Put the kernels below in the place of vLLM's; once per process."""
     from vllm.triton_utils.dispatcher import register_kernels
 
-    register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+    register_kernels(
+        {
+            "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
+            **acceptance.KERNELS,
+            **drafting.KERNELS,
+        }
+    )
 
 
 def compute_slot_mapping(
