@@ -15,6 +15,8 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_ascend.attention.layout_option import HEAD_MAJOR, TOKEN_MAJOR
+
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -66,8 +68,8 @@ class _PagedBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
-        return (KVCacheLayout.LBHNC,)
+        """Token-major unless asked otherwise; see attention/cache_layout.py."""
+        return (TOKEN_MAJOR, HEAD_MAJOR)
 
 
 class GroupedAttentionBackend(_PagedBackend):
