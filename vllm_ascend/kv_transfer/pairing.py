@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from vllm_ascend.attention.cache_layout import can_convert
+from vllm_ascend.attention.cache_layout import HeadMajor, can_convert
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack
@@ -147,11 +147,14 @@ def _memory_of(rank: RankRegions, stack: Stack, peer: Engine) -> RankMemory:
 
 def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engine) -> RankMemory:
     heads = Span(theirs.first_head, theirs.first_head + theirs.num_heads)
-    page = stack.memory.page.of_size(peer.blocks.page_size, len(heads))
+    # The layout's name is the same here.
+    head_major = stack.memory.page.apart is not None
+    apart = HeadMajor(theirs.head_stride_bytes, theirs.block_stride_bytes) if head_major else None
+    page = stack.memory.page.of_size(peer.blocks.page_size, len(heads), apart)
     if theirs.page_bytes != page.page_bytes or len(theirs.layers) != len(theirs.addresses):
         raise TopologyError(
             f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {theirs.page_bytes} bytes, "
-            f"which for {page.block_size} tokens of {len(heads)} heads should be {page.page_bytes}; "
+            f"which for {page.block_size} tokens of {page.row_heads} heads should be {page.page_bytes}; "
             f"run the same release on both sides"
         )
     addresses = tuple(Address(address) for address in theirs.addresses)

@@ -141,7 +141,9 @@ class WorkerHalf:
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         self._unsettled: list[NotLoaded] = []
-        self._staging = staging_of(options, [stack.tensors for stack in local.stacks])
+        # Head-major, there are no heads to put side by side.
+        token_major = local.stacks[0].memory.page.apart is None
+        self._staging = staging_of(options, [s.tensors for s in local.stacks]) if token_major else None
         transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread

@@ -55,6 +55,8 @@ STACK = StackRegions(
     num_heads=2,
     num_blocks=3,
     page_bytes=64,
+    block_stride_bytes=64,
+    head_stride_bytes=0,
     layers=("a", "b"),
     addresses=(1, 2),
 )
@@ -103,7 +105,7 @@ def test_answers_arrive_as_they_were_sent(answer):
 
 
 def test_another_version_is_refused_by_name_before_its_body_is_read():
-    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/2'"):
+    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/3'"):
         decode_question([b"vllm-ascend-kv/7", b"not msgpack at all"])
 
 
@@ -111,30 +113,30 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
     "frames",
     [
         pytest.param([], id="no frame"),
-        pytest.param([b"vllm-ascend-kv/2"], id="one frame"),
-        pytest.param([b"vllm-ascend-kv/2", b"", b""], id="three frames"),
-        pytest.param([b"vllm-ascend-kv/2", b""], id="an empty body"),
-        pytest.param([b"vllm-ascend-kv/2", b"\xc1garbage"], id="no msgpack"),
+        pytest.param([b"vllm-ascend-kv/3"], id="one frame"),
+        pytest.param([b"vllm-ascend-kv/3", b"", b""], id="three frames"),
+        pytest.param([b"vllm-ascend-kv/3", b""], id="an empty body"),
+        pytest.param([b"vllm-ascend-kv/3", b"\xc1garbage"], id="no msgpack"),
         pytest.param(
-            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
+            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
             id="text that is no UTF-8",
         ),
         pytest.param(
-            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
+            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
             id="lists within lists without end",
         ),
-        pytest.param([b"vllm-ascend-kv/2", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
-        pytest.param([b"vllm-ascend-kv/2", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
+        pytest.param([b"vllm-ascend-kv/3", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
+        pytest.param([b"vllm-ascend-kv/3", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
         pytest.param(
             [
-                b"vllm-ascend-kv/2",
+                b"vllm-ascend-kv/3",
                 msgspec.msgpack.encode({"type": "Renew", "engine_id": "e", "request_ids": ["x" * 2000]}),
             ],
             id="a name that is too long",
         ),
         pytest.param(
             [
-                b"vllm-ascend-kv/2",
+                b"vllm-ascend-kv/3",
                 msgspec.msgpack.encode(
                     {"type": "Done", "engine_id": "e", "request_id": "a", "reader": "r", "num_readers": 0}
                 ),
@@ -152,7 +154,7 @@ def test_malformed_questions_are_refused(frames):
 def test_whatever_comes_is_understood_or_refused(body):
     for decode in (decode_question, decode_answer):
         with contextlib.suppress(WireError):
-            decode([b"vllm-ascend-kv/2", body])
+            decode([b"vllm-ascend-kv/3", body])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         verifies=False,
         ranks=(RANK,),
     )
-    frames = [b"vllm-ascend-kv/2", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
+    frames = [b"vllm-ascend-kv/3", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
     with pytest.raises(WireError, match="could not be read"):
         decode_answer(frames)
 
