@@ -246,10 +246,12 @@ class NPUPlatform(Platform):
 
         Raises ConfigError that names the option.
         """
+        from vllm_ascend.attention.layout_option import choose_layout
         from vllm_ascend.kv_transfer.config import check_start
 
         _refuse_unsupported(vllm_config)
         _refuse_recurrent_state(vllm_config)
+        choose_layout(vllm_config)
         _check_device_count(vllm_config)
         check_start(vllm_config)
         parallel_config = vllm_config.parallel_config

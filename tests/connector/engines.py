@@ -49,6 +49,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_ascend.attention.layout_option import HEAD_MAJOR, TOKEN_MAJOR, is_head_major
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 24
@@ -86,11 +87,13 @@ def engine_config(
     block_size: int = BLOCK_SIZE,
     pp_size: int = 1,
     draft: Path | None = None,
+    head_major: bool = False,
     **transfer: Any,
 ) -> VllmConfig:
     """The configuration that `vllm serve` would make; port 0 unless `transfer` says otherwise.
 
-    `draft`: a draft model's folder.
+    `draft`: a draft model's folder. `head_major`: how the cache is laid out, which vLLM settles before it
+    makes one.
     """
     config = VllmConfig(
         model_config=ModelConfig(
@@ -114,6 +117,7 @@ def engine_config(
             },
         ),
     )
+    config.cache_config.kv_cache_layout = (HEAD_MAJOR if head_major else TOKEN_MAJOR).name
     if draft is not None:
         # Afterwards, since an NPU engine does not speculate yet; a draft model's cache moves all the same.
         config.speculative_config = SpeculativeConfig(
@@ -212,6 +216,7 @@ class Engine:
         """
         self._connector_class = connector
         self._num_blocks = num_blocks
+        self._head_major = is_head_major(config)
         self.model = model if isinstance(model, Model) else Model(model)
         self.tp_size = config.parallel_config.tensor_parallel_size
         layers_per_stage = layers_per_stage or (self.model.num_layers,)
@@ -259,8 +264,9 @@ class Engine:
     def pages(self, rank: int) -> torch.Tensor:
         """The rank's cache, its own memory, as bits [layer, page, K/V, token, head, dim].
 
-        Groups lie over each other in it; a draft model's layer is not in it.
+        Groups lie over each other in it; a draft model's layer is not in it. Token-major only.
         """
+        assert not self._head_major
         memory = self._memory[rank].view(torch.int16)
         layers, num_pages, heads, page_size, content = memory.shape
         head_size = self.model.head_size
@@ -270,10 +276,14 @@ class Engine:
         """One layer, its own memory, as bits [page, plane, token, head, dim]."""
         tensor = self._tensors[rank][layer].view(torch.int16)
         heads = self.model.heads_on_a_rank(self.tp_size, layer)
+        if self._head_major:
+            by_head = tensor.unflatten(0, (len(tensor), -1)) if self.model.latent else tensor
+            pages = by_head.flatten(2).unflatten(2, (-1, self.page_size, self.model.head_size))
+            return pages.permute(0, 2, 3, 1, 4)
         return tensor.view(len(tensor), -1, self.page_size, heads, self.model.head_size)
 
     def row(self, rank: int, layer: int) -> torch.Tensor:
-        """The layer's memory, with what pads its pages, as bytes [block, byte]."""
+        """The layer's memory, with what pads its pages, as bytes [block, byte]. Token-major only."""
         return self._rows[rank][layer]
 
     def state(self, rank: int, layer: int) -> torch.Tensor:
@@ -287,7 +297,7 @@ class Engine:
 
     def kv(self, rank: int, layer: int) -> torch.Tensor:
         """A copy of one layer in main memory, as bits [plane, slot, head, dim]."""
-        by_page = self.layer(rank, layer).cpu()
+        by_page = self.layer(rank, layer).contiguous().cpu()
         return by_page.transpose(0, 1).reshape(by_page.shape[1], -1, *by_page.shape[3:])
 
     def fill(self, rank: int, layer: int, kv: torch.Tensor) -> None:
@@ -352,18 +362,37 @@ class Engine:
         of_model = range(layers.start, min(layers.stop, model.num_layers))
         of_groups = [model.layers_of(group, of_model) for group in range(len(model.windows))]
         memory = self._zeros(rank, max(map(len, of_groups)), model.heads_on_a_rank(self.tp_size))
-        tensors = {layer: memory[i] for of_group in of_groups for i, layer in enumerate(of_group)}
+        tensors = {
+            layer: tensor
+            for of_group in of_groups
+            for layer, tensor in zip(of_group, self._layers_in(memory, len(of_group)), strict=True)
+        }
         if model.num_layers in layers:
             heads = model.heads_on_a_rank(self.tp_size, model.num_layers)
             (tensors[model.num_layers],) = self._zeros(rank, 1, heads)
         self._memory.append(memory)
-        rows = {i: tensor.view(torch.int8).view(self._num_blocks, -1) for i, tensor in tensors.items()}
+        rows = {}
+        if not self._head_major:
+            rows = {i: tensor.view(torch.int8).view(self._num_blocks, -1) for i, tensor in tensors.items()}
         self._rows.append(rows)
         for i in filter(model.keeps_state, layers):
             states = rows[i][:, : state_bytes(model, self.tp_size)]
             tensors[i] = states[:, None, None, :]
         # vLLM's view of latents has no axis for heads.
         self._tensors.append({i: t.squeeze(1) if model.latent else t for i, t in tensors.items()})
+
+    def _layers_in(self, memory: torch.Tensor, num_layers: int) -> list[torch.Tensor]:
+        """Views [page, head, token, content] of a group's layers in the rank's memory."""
+        if not self._head_major:
+            return list(memory[:num_layers])
+        _, num_blocks, *page = memory.shape
+        blocks = memory.view(num_blocks, -1, *page[1:])
+        heads = page[0]
+        return (
+            list(blocks[:, : heads * num_layers].unflatten(1, (heads, num_layers)).unbind(2))
+            if num_layers
+            else []
+        )
 
     def _zeros(self, rank: int, num_layers: int, heads: int) -> torch.Tensor:
         num_pages = self._num_blocks * self.block_size // self.page_size
@@ -430,6 +459,11 @@ def request(request_id: str, num_prompt_tokens: int, params: dict[str, Any]) -> 
 def prefilled(engine: Engine, request_id: str, num_tokens: int, blocks: Blocks) -> dict[str, Any]:
     """Finish a request on the prefill engine, its KV in `blocks`; the router's view of the answer."""
     done = request(request_id, num_tokens, {"do_remote_decode": True, "do_remote_prefill": False})
+    return finished(engine, done, blocks)
+
+
+def finished(engine: Engine, done: Request, blocks: Blocks) -> dict[str, Any]:
+    """The same, of a request that was made elsewhere."""
     engine.scheduler.on_new_request(done)
     done.num_computed_tokens = done.num_prompt_tokens
     done.status = RequestStatus.FINISHED_LENGTH_CAPPED

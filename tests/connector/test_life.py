@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from connector.engines import (
     admit,
     engine_config,
     finish,
+    finished,
     model_folder,
     prefilled,
     request,
     running,
 )
 from connector.footprint import footprint, grown_since
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.handshake import Channel
@@ -222,6 +226,41 @@ def test_another_prompt_does_not_get_the_kv(engines, caplog_vllm):
     assert asked(decode, another) == 0
     assert "computed another prompt; send it one prompt per request" in caplog_vllm.text
     assert freed_of(prefill) == {"p"}
+
+
+def picture(identifier: str, offset: int) -> MultiModalFeatureSpec:
+    """Of four tokens from `offset` on."""
+    return MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(offset, 4))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "adapter", "num_external"),
+    [
+        pytest.param([("of a cat", 2)], "poems", 19, id="the same"),
+        pytest.param([("of a dog", 2)], "poems", 0, id="another picture"),
+        pytest.param([("of a cat", 3)], "poems", 0, id="the picture elsewhere"),
+        pytest.param([], "poems", 0, id="no picture"),
+        pytest.param([("of a cat", 2)], "prose", 0, id="another adapter"),
+        pytest.param([("of a cat", 2)], None, 0, id="no adapter"),
+    ],
+)
+def test_what_lies_behind_the_same_tokens_must_be_the_same(engines, pictures, adapter, num_external):
+    prefill, decode = engines
+
+    def bring(params: dict[str, Any], pictures: list[tuple[str, int]], adapter: str | None) -> Request:
+        brings = request("r", 20, params)
+        brings.mm_features = [picture(*one) for one in pictures]
+        brings.lora_request = adapter and LoRARequest(adapter, 1, "unused")
+        return brings
+
+    done = bring({"do_remote_decode": True}, [("of a cat", 2)], "poems")
+    params = finished(prefill, done, [1, 2])
+    wanted = bring(params, pictures, adapter)
+    decode.scheduler.on_new_request(wanted)
+    assert asked(decode, wanted) == num_external
+    if num_external:
+        finish(decode, wanted)
+    assert freed_of(prefill) == {"r"}
 
 
 def test_a_prompt_that_goes_on_gets_the_kv_of_its_beginning(engines):

@@ -67,6 +67,7 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
                 block_size=side.block_size,
                 pp_size=len(side.layers_per_stage),
                 draft=draft,
+                head_major=side.head_major,
             ),
             dataclasses.replace(pair.model, dtype=side.dtype),
             side.pages_per_block,
@@ -231,6 +232,32 @@ def test_bytes(engines, num_tokens):
     assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_tokens + 1, num_tokens)
     assert transfer["blocks"] == sum(group.num_blocks for group in groups)
     assert set(transfer["sources"]) <= set(range(prefill.num_ranks))
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(4, 1), (1, 4), (2, 2)])
+def test_head_major_a_descriptor_per_block_and_source(tmp_path, prefill_tp, decode_tp):
+    model = model_folder(tmp_path, 4)
+    prefill = Engine(engine_config(model, prefill_tp, "kv_producer", head_major=True), 4)
+    decode = Engine(engine_config(model, decode_tp, "kv_consumer", head_major=True), 4)
+    with running(prefill, decode):
+        params = prefilled(prefill, "p", 3 * BLOCK_SIZE + 1, [5, 3, 9, 1])
+        request, _ = admit(decode, "d", 3 * BLOCK_SIZE + 1, [2, 7, 4, 8], params)
+        decode.step_until(lambda output: output.finished_recving == {"d"})
+        transfer = finish(decode, request)
+    reads = max(prefill_tp, decode_tp)
+    assert transfer["descriptors"] == 3 * reads
+
+
+def test_engines_of_different_layouts_are_refused_by_name(tmp_path, caplog_vllm):
+    model = model_folder(tmp_path, 2)
+    prefill = Engine(engine_config(model, 1, "kv_producer", head_major=True), 2)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), 2)
+    with running(prefill, decode):
+        params = prefilled(prefill, "p", 33, [5, 3])
+        admit(decode, "d", 33, [7, 8], params)
+        output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert output.failed_recving == {"d"}
+    assert "layout" in caplog_vllm.text
 
 
 def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):

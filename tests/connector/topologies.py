@@ -98,6 +98,8 @@ class Side:
     """How heads of several sources get side by side."""
     tokens_per_state: int | None = None
     """After how many tokens vLLM keeps recurrent state in another block; None: as many as a block has."""
+    head_major: bool = False
+    """Pages of one head, among those of the other layers."""
 
     @property
     def page_size(self) -> int:
@@ -110,7 +112,8 @@ class Side:
         dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
         regroup = "" if self.regroup == "operators" else f", regroup {self.regroup}"
         state = "" if self.tokens_per_state is None else f", of state {self.tokens_per_state}"
-        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{state}{dtype}{regroup}"
+        layout = ", head-major" if self.head_major else ""
+        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{state}{dtype}{regroup}{layout}"
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,21 @@ TABLE = (
     Pair(Side(2), Side(1, dtype="float16", regroup="staged"), 4),
     Pair(Side(1), Side(2, regroup="staged"), 4),
     Pair(Side(2), Side(1, regroup="staged"), LATENT),
+    # Head-major on both sides: as many ranks, more, fewer, sizes that do not divide one another, copies.
+    *(
+        Pair(Side(prefill, head_major=True), Side(decode, head_major=True), heads)
+        for prefill, decode, heads in ((2, 2, 8), (8, 1, 8), (1, 8, 8), (3, 2, 6), (4, 6, 12), (8, 2, 4))
+    ),
+    # With blocks of other sizes, pipeline stages, groups, another element type, latents.
+    Pair(Side(2, 32, head_major=True), Side(1, 48, head_major=True), 4),
+    Pair(
+        Side(2, layers_per_stage=(2, 1), head_major=True),
+        Side(1, layers_per_stage=(1, 2), head_major=True),
+        4,
+    ),
+    Pair(Side(4, head_major=True), Side(2, head_major=True), HYBRID),
+    Pair(Side(2, dtype="float16", head_major=True), Side(1, regroup="staged", head_major=True), 4),
+    Pair(Side(2, head_major=True), Side(1, 32, head_major=True), LATENT),
 )
 
 

@@ -16,6 +16,7 @@ from engine.generate import Answer, Answers, Job
 from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, job, run, started
 from engine.models import (
     FULL_ATTENTION_MODELS,
+    HEAD_MAJOR_RUNS,
     NUM_NEW_TOKENS,
     RANDOM_MODELS,
     RECALL,
@@ -84,6 +85,21 @@ def pipeline_answers(
     jobs = [job_of("llama", checkpoints["llama"], 2, "float32", 1, pipeline_parallel_size=2)]
     (answers,) = run(jobs, tmp_path_factory.mktemp("pipeline"), ON_EMULATOR_WITH_FLOAT32)
     return answers
+
+
+@pytest.fixture(scope="session")
+def head_major_answers(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[list[Answer]]]:
+    """By model, on head-major pages; every batch asked twice."""
+    jobs = [
+        job_of(
+            name, checkpoints[name], 2, "float32", size, additional_config={"kv_cache_layout": "head_major"}
+        )
+        for name, size in HEAD_MAJOR_RUNS.items()
+    ]
+    folder = tmp_path_factory.mktemp("head_major")
+    return dict(zip(HEAD_MAJOR_RUNS, run(jobs, folder, ON_EMULATOR_WITH_FLOAT32), strict=True))
 
 
 def job_of(name: str, folder: Path, times: int, dtype: str, size: int, **options: Any) -> Job:

@@ -157,6 +157,10 @@ RUNS = [(size, name) for size in (1, 2) for name in MODELS if (size, name) != (2
 """Tensor-parallel sizes and models on which engines are run; gemma3 stands for all windows with two ranks."""
 
 
+HEAD_MAJOR_RUNS = {"llama": 1, "gemma3": 1, "qwen2": 2}
+"""Models that also run on head-major pages, with the tensor-parallel size: qwen2 has one head per rank."""
+
+
 def prompts_of(name: str) -> list[list[int]]:
     """One prompt of every length in PROMPT_LENGTHS, as token ids."""
     if name == RECALL:

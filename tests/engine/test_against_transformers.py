@@ -10,6 +10,7 @@ import torch
 from engine.generate import Answer, Answers
 from engine.models import (
     FULL_ATTENTION_MODELS,
+    HEAD_MAJOR_RUNS,
     NUM_NEW_TOKENS,
     QUESTIONS,
     RANDOM_MODELS,
@@ -54,6 +55,19 @@ def test_greedy_tokens_are_those_of_transformers(
     float32_answers: dict[int, Answers],
 ) -> None:
     assert [answer.tokens for answer in float32_answers[size][name][batch]] == references[name]
+
+
+@pytest.mark.parametrize("batch", [pytest.param(COLD, id="cold"), pytest.param(WARM, id="prefixes cached")])
+@pytest.mark.parametrize("name", HEAD_MAJOR_RUNS)
+def test_head_major_pages_give_the_same_tokens(
+    name: str,
+    batch: int,
+    references: dict[str, list[list[int]]],
+    head_major_answers: dict[str, list[list[Answer]]],
+) -> None:
+    answers = head_major_answers[name][batch]
+    assert [answer.tokens for answer in answers] == references[name]
+    assert batch == COLD or any(answer.num_cached_tokens for answer in answers)
 
 
 @pytest.mark.parametrize("batch", [pytest.param(COLD, id="cold"), pytest.param(WARM, id="prefixes cached")])

@@ -11,6 +11,7 @@ import torch
 from vllm_ascend.attention.cache_layout import split_pages
 from vllm_ascend.attention.capped import CappedAttention
 from vllm_ascend.attention.metadata import GroupedAttentionMetadata
+from vllm_ascend.attention.paging import Paging
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 16, 16
 BLOCKS_OF = [[3], [5, 0, 2]]
@@ -54,7 +55,7 @@ def test_capped_attention(window: int | None) -> None:
         kv_lengths=KEYS,
         block_table=torch.tensor([[6, 0, 0], [10, 0, 4]], dtype=torch.int32, device="npu"),
         slots=torch.zeros(0, dtype=torch.int32, device="npu"),
-        block_size=BLOCK,
+        paging=Paging(BLOCK),
         mask=torch.zeros(0, dtype=torch.int8, device="npu"),
     )
     result = CappedAttention(SCALE, CAP, window).attend(query.to("npu"), key_cache, value_cache, metadata)

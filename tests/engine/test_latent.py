@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device.attention_formula import attend, causal
+from device.attention_formula import attend, causal, everything
 from device.operator_support import assert_near, random
 from torch import nn
 
 from vllm_ascend.attention.latent import LatentAttention, LatentPrefill
 from vllm_ascend.attention.latent_metadata import (
+    LatentDecodeMetadata,
     LatentMetadata,
     LatentPrefillMetadata,
     context_chunks,
 )
 from vllm_ascend.attention.metadata import causal_mask
+from vllm_ascend.attention.paging import Paging, latent_paging
 from vllm_ascend.errors import ConfigError
 
 HEADS, LATENT, ROPE, KEY, VALUE, BLOCK_SIZE = 2, 512, 64, 128, 128, 16
@@ -83,14 +85,20 @@ def test_nothing_cached_needs_no_chunk() -> None:
     assert context_chunks([0, 0], [3, 5], torch.zeros(2, 1, dtype=torch.int32), BLOCK_SIZE, 20) == []
 
 
-@pytest.mark.parametrize("max_tokens", [1000, 20, 7])
-def test_prefill_in_pieces_is_causal_attention_over_all(max_tokens: int) -> None:
+def empty_cache(num_layers: int) -> torch.Tensor:
+    """Eight blocks of NaN: of the only layer, or head-major of the second of several."""
+    blocks = torch.full((8, num_layers, BLOCK_SIZE, LATENT + ROPE), torch.nan, dtype=DTYPE, device="npu")
+    return blocks[:, num_layers // 2]
+
+
+@pytest.mark.parametrize(("max_tokens", "num_layers"), [(1000, 1), (20, 1), (7, 1), (20, 3)])
+def test_prefill_in_pieces_is_causal_attention_over_all(max_tokens: int, num_layers: int) -> None:
     impl = attention()
     total = [cached + new for cached, new in zip(CACHED, NEW, strict=True)]
     latents = [random(n, LATENT, dtype=DTYPE, seed=b) for b, n in enumerate(total)]
     ropes = [random(n, 1, ROPE, dtype=DTYPE, seed=9 + b) for b, n in enumerate(total)]
     query = random(sum(NEW), HEADS, KEY + ROPE, dtype=DTYPE, seed=20)
-    cache = torch.full((8, BLOCK_SIZE, LATENT + ROPE), torch.nan, dtype=DTYPE, device="npu")
+    cache = empty_cache(num_layers)
     for b, cached in enumerate(CACHED):
         slots = [TABLE[b][t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(cached)]
         impl.do_kv_cache_update(
@@ -107,7 +115,7 @@ def test_prefill_in_pieces_is_causal_attention_over_all(max_tokens: int) -> None
         torch.cat([rows[cached:] for rows, cached in zip(latents, CACHED, strict=True)]).to("npu"),
         torch.cat([rows[cached:] for rows, cached in zip(ropes, CACHED, strict=True)]).to("npu"),
         cache,
-        prefill_metadata(max_tokens),
+        prefill_metadata(max_tokens, latent_paging(cache)),
         torch.ones(()),
         output,
     )
@@ -121,13 +129,34 @@ def test_prefill_in_pieces_is_causal_attention_over_all(max_tokens: int) -> None
     assert_near(output, torch.cat(expected).flatten(1))
 
 
-def prefill_metadata(max_tokens: int) -> LatentMetadata:
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_decode_reads_the_rows_that_were_stored(num_layers: int) -> None:
+    impl = attention(num_heads=16)
+    cache = empty_cache(num_layers)
+    rows = random(37, LATENT + ROPE, dtype=DTYPE, seed=1)
+    slots = torch.tensor([TABLE[1][t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(37)])
+    latents, ropes = rows[:, :LATENT].to("npu"), rows[:, None, LATENT:].to("npu")
+    impl.do_kv_cache_update(latents, ropes, cache, slots.to("npu"), "auto", torch.ones(()))
+    query = random(1, 16, LATENT + ROPE, dtype=DTYPE, seed=2)
+    table = torch.tensor([TABLE[1]], dtype=torch.int32, device="npu")
+    decode = LatentDecodeMetadata(
+        block_table=latent_paging(cache).block_table(table), kv_lengths=torch.tensor([37], dtype=torch.int32)
+    )
+    step = LatentMetadata(
+        num_actual_tokens=1, num_decodes=1, num_decode_tokens=1, num_prefills=0, decode=decode, prefill=None
+    )
+    attended, _ = impl.forward_mqa(query.to("npu"), cache, step, None)  # type: ignore[arg-type]
+    keys = rows[:, None]
+    assert_near(attended, attend(query, keys, keys[..., :LATENT], everything(1, 37), SCALE)[0])
+
+
+def prefill_metadata(max_tokens: int, paging: Paging) -> LatentMetadata:
     query_ends = [3, 5, 9]
     backend = LatentPrefill(num_heads=HEADS, scale=SCALE, vllm_config=None, **sizes())  # type: ignore[arg-type]
     table = torch.tensor(TABLE, dtype=torch.int32, device="npu")
     prefill = LatentPrefillMetadata(
         query_ends=query_ends,
-        chunks=context_chunks(CACHED, query_ends, table, BLOCK_SIZE, max_tokens),
+        chunks=context_chunks(CACHED, query_ends, paging.block_table(table), BLOCK_SIZE, max_tokens),
         mask=causal_mask(torch.device("npu", 0)),
         backend=backend,
     )

@@ -127,6 +127,14 @@ def test_variables_are_refused_by_name(
         configure(checkpoints["llama"])
 
 
+def test_layouts_are_refused_by_name(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="kv_cache_layout must be one of token_major, head_major, got 'HND'"):
+        configure(checkpoints["llama"], additional_config={"kv_cache_layout": "HND"})
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    with pytest.raises(ValueError, match="BHLNC, and VLLM_KV_CACHE_LAYOUT for LBHNC; unset one"):
+        configure(checkpoints["llama"], additional_config={"kv_cache_layout": "head_major"})
+
+
 def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> None:
     config = configure(checkpoints["llama"])
     assert config.model_config.enforce_eager

@@ -16,7 +16,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "envs": {"errors"},
     "compat": {"errors", "envs"},
-    "platform": {"errors", "envs", "compat", "worker.kernels", "ops", "kv_transfer.config"},
+    "platform": {
+        "errors",
+        "envs",
+        "compat",
+        "worker.kernels",
+        "ops",
+        "kv_transfer.config",
+        "attention.layout_option",
+    },
     "worker": {"errors", "envs", "compat", "worker", "attention", "ops", "distributed"},
     "attention": {"errors", "envs", "attention"},
     "ops": {"errors", "envs", "ops"},
@@ -50,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
-        *("errors", "attention.cache_layout", "kv_transfer.blocks", "kv_transfer.messages"),
+        *("errors", "attention.cache_layout", "attention.layout_option", "kv_transfer.blocks"),
+        "kv_transfer.messages",
         *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
     },
     "kv_transfer.pairing": {

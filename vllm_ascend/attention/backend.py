@@ -16,6 +16,8 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_ascend.attention.layout_option import HEAD_MAJOR, TOKEN_MAJOR
+
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -53,7 +55,7 @@ class _NPUBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A layer's blocks lie one after the other, each in one piece; see attention/cache_layout.py."""
-        return (KVCacheLayout.LBHNC,)
+        return (TOKEN_MAJOR,)
 
 
 class _PagedBackend(_NPUBackend):
@@ -77,6 +79,11 @@ class _PagedBackend(_NPUBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % HEAD_SIZE_STEP == 0 and head_size <= cls.max_head_size
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Token-major unless asked otherwise; see attention/cache_layout.py."""
+        return (TOKEN_MAJOR, HEAD_MAJOR)
 
 
 class GroupedAttentionBackend(_PagedBackend):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention whose scores are bounded smoothly: cap * tanh(score / cap) takes part in the softmax.
 
-No attention operator of torch_npu bounds scores, so this is put together from matrix products, one request
+No attention operator of torch_npu bounds scores, so this is put together from matrix products, one sequence
 after the other. It is slower than the fused operator, and only models that cap their scores pay for it.
 """
 
@@ -30,14 +30,14 @@ class CappedAttention:
         value_cache: torch.Tensor,
         metadata: GroupedAttentionMetadata,
     ) -> torch.Tensor:
-        """query and result: [tokens, heads, head_size]; caches as `split_pages` gives them."""
+        """query and result: [rows, heads, head_size], sequence by sequence; caches as `Paging` gives them."""
         begins = [0, *metadata.query_ends[:-1]]
-        requests = zip(begins, metadata.query_ends, metadata.kv_lengths, metadata.block_table, strict=True)
+        sequences = zip(begins, metadata.query_ends, metadata.kv_lengths, metadata.block_table, strict=True)
         results = []
-        for begin, end, num_keys, blocks in requests:
+        for begin, end, num_keys, blocks in sequences:
             first_key = self._first_key(end - begin, num_keys)
             keys, values = (
-                _gather(cache, blocks, first_key, num_keys, metadata.block_size)
+                _gather(cache, blocks, first_key, num_keys, metadata.paging.block_size)
                 for cache in (key_cache, value_cache)
             )
             results.append(self._attend_one(query[begin:end], keys, values))
@@ -66,7 +66,7 @@ class CappedAttention:
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, first: int, end: int, block_size: int) -> torch.Tensor:
-    """Tokens [first, end) of one request, [end - first, kv heads, head_size]; `blocks` is its block table."""
+    """Tokens [first, end) of a sequence, [end - first, kv heads, head_size]; `blocks` is its block table."""
     first_block = first // block_size
     used = blocks[first_block : -(-end // block_size)]
     skipped = first_block * block_size

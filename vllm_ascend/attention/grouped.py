@@ -4,17 +4,21 @@
 One operator serves prefill, chunked prefill and decode alike, over packed tokens (layout TND), with a mask
 that is causal from the bottom right: a request's last query row sees all its KV, the row above one less.
 
+With head-major pages the operators are shown each KV head of each request as a sequence with one head: their
+rows are the query's, head by head.
+
 A layer with a sliding window of W tokens sees of those the last W. vLLM gives the blocks left of every row's
 window to other requests, so the block table's entries for them mean nothing there; the operator skips them.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch_npu
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_ascend.attention.cache_layout import split_pages
 from vllm_ascend.attention.capped import CappedAttention
 from vllm_ascend.attention.metadata import GroupedAttentionMetadata
 from vllm_ascend.errors import ConfigError
@@ -26,6 +30,9 @@ BAND_FROM_BOTTOM_RIGHT = 4
 
 class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
     """Attention of one layer; `num_heads` query heads share `num_kv_heads` KV heads evenly."""
+
+    max_sequences: ClassVar[int] = 4096
+    """What the operator takes in one call."""
 
     def __init__(
         self,
@@ -81,14 +88,23 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         assert output_block_scale is None
         if attn_metadata is None:
             return output.zero_()
-        num_tokens = attn_metadata.num_tokens
-        key_cache, value_cache = split_pages(kv_cache)
+        num_tokens, num_sequences = attn_metadata.num_tokens, attn_metadata.paging.num_sequences
+        key_cache, value_cache = attn_metadata.paging.caches(kv_cache)
         if self._owns_cache:
+            rows = (len(attn_metadata.slots), *key_cache.shape[2:])
             torch_npu._npu_reshape_and_cache(
-                key[:num_tokens], value[:num_tokens], key_cache, value_cache, attn_metadata.slots
+                key[:num_tokens].reshape(rows),
+                value[:num_tokens].reshape(rows),
+                key_cache,
+                value_cache,
+                attn_metadata.slots,
             )
         attend = self._attend if self._capped is None else self._capped.attend
-        output[:num_tokens] = attend(query[:num_tokens], key_cache, value_cache, attn_metadata)
+        by_token = (num_tokens, num_sequences, -1, self.head_size)
+        by_sequence = query[:num_tokens].view(by_token).transpose(0, 1).flatten(0, 1)
+        attended = attend(by_sequence, key_cache, value_cache, attn_metadata)
+        by_head = attended.view(num_sequences, num_tokens, -1, self.head_size)
+        output[:num_tokens].view(by_token).copy_(by_head.transpose(0, 1))
         output[num_tokens:].zero_()
         return output
 
@@ -99,26 +115,38 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         value_cache: torch.Tensor,
         metadata: GroupedAttentionMetadata,
     ) -> torch.Tensor:
-        """query and result: [tokens, num_heads, head_size]; caches as `split_pages` gives them."""
-        attended: torch.Tensor
-        attended, _ = torch_npu.npu_fused_infer_attention_score_v2(
-            query,
-            # Blocks as [tokens, heads * size]: with four axes the operator would take heads before tokens.
-            key_cache.flatten(2),
-            value_cache.flatten(2),
-            atten_mask=metadata.mask,
-            actual_seq_qlen=metadata.query_ends,
-            actual_seq_kvlen=metadata.kv_lengths,
-            block_table=metadata.block_table,
-            block_size=metadata.block_size,
-            num_query_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            softmax_scale=self.scale,
-            input_layout="TND",
-            learnable_sink=self._sinks,
-            **self._visible,
-        )
-        return attended
+        """query and result: [rows, heads of a sequence, head_size], sequence by sequence.
+
+        The caches are as `Paging` gives them.
+        """
+        num_sequences = metadata.paging.num_sequences
+        num_requests = len(metadata.query_ends) // num_sequences
+        # A call takes one vector of sinks, for the heads of one sequence.
+        at_once = 1 if self._sinks is not None else max(1, self.max_sequences // num_requests)
+        sinks = None if self._sinks is None else self._sinks.view(num_sequences, -1)
+        parts = []
+        for first in range(0, num_sequences, at_once):
+            stop = min(first + at_once, num_sequences)
+            in_call = (stop - first) * num_requests
+            attended, _ = torch_npu.npu_fused_infer_attention_score_v2(
+                query[first * metadata.num_tokens : stop * metadata.num_tokens],
+                # Blocks as [tokens, heads * size]: with four axes the operator takes heads before tokens.
+                key_cache.flatten(2),
+                value_cache.flatten(2),
+                atten_mask=metadata.mask,
+                actual_seq_qlen=metadata.query_ends[:in_call],
+                actual_seq_kvlen=metadata.kv_lengths[:in_call],
+                block_table=metadata.block_table[first * num_requests : stop * num_requests],
+                block_size=metadata.paging.block_size,
+                num_query_heads=query.shape[1],
+                num_key_value_heads=key_cache.shape[2],
+                softmax_scale=self.scale,
+                input_layout="TND",
+                learnable_sink=None if sinks is None else sinks[first],
+                **self._visible,
+            )
+            parts.append(attended)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _visible(sliding_window: int | None) -> dict[str, int]:

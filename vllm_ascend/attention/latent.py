@@ -26,6 +26,7 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
 from vllm_ascend.attention.cache_layout import latent_pages
 from vllm_ascend.attention.latent_metadata import ContextChunk, LatentMetadata, LatentPrefillMetadata
+from vllm_ascend.attention.paging import latent_paging
 from vllm_ascend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class LatentAttention(MLAAttentionImpl[LatentMetadata]):
         num_tokens = slot_mapping.numel()
         rows = torch.cat((kv_c_normed[:num_tokens].unsqueeze(1), k_pe[:num_tokens]), dim=-1)
         torch_npu._npu_reshape_and_cache_siso(
-            rows, latent_pages(kv_cache), slot_mapping.flatten().to(torch.int32)
+            rows, latent_pages(kv_cache), latent_paging(kv_cache).slots(slot_mapping.flatten())
         )
 
     def forward_mqa(

@@ -8,6 +8,7 @@ memory it reserved when it measured; this file says where their tokens lie.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_ascend.attention.metadata import causal_mask, kv_lengths_of
+from vllm_ascend.attention.paging import Paging, latent_paging
 
 if TYPE_CHECKING:
     from vllm_ascend.attention.latent import LatentPrefill
@@ -39,7 +41,7 @@ class LatentDecodeMetadata:
     """R requests with one new token each."""
 
     block_table: torch.Tensor
-    """int32 [R, blocks of the longest request], on the device."""
+    """int32 [R, blocks of the longest request], on the device, counted in pages (paging.py)."""
     kv_lengths: torch.Tensor
     """int32 [R], on the host: tokens in the cache, the new one included."""
 
@@ -55,7 +57,7 @@ class ContextChunk:
     kv_ends: list[int]
     """Where each request's cached tokens end in `slots`."""
     slots: torch.Tensor
-    """int64 [cached tokens], on the device: where they lie, block * block_size + offset."""
+    """int64 [cached tokens], on the device: where they lie, page * block_size + offset."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         )
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self._prefill: LatentPrefill = layer.prefill_backend.clone()
+        self._layer = layer
 
     def build(
         self,
@@ -133,7 +136,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         num_columns = cdiv(int(kv_lengths.max()), self._block_size)
         # A copy: the runner changes its lengths for the next step while this one may still be waiting.
         return LatentDecodeMetadata(
-            block_table=common.block_table_tensor[: len(kv_lengths), :num_columns].contiguous(),
+            block_table=self._paging.block_table(common.block_table_tensor[: len(kv_lengths), :num_columns]),
             kv_lengths=kv_lengths.to(torch.int32, copy=True),
         )
 
@@ -148,13 +151,18 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             chunks=context_chunks(
                 context_lengths,
                 query_ends,
-                common.block_table_tensor[first : common.num_reqs],
+                self._paging.block_table(common.block_table_tensor[first : common.num_reqs]),
                 self._block_size,
                 self._max_decompressed,
             ),
             mask=self._mask,
             backend=self._prefill,
         )
+
+    @functools.cached_property
+    def _paging(self) -> Paging:
+        # Builders are made before the cache, whose strides tell how many layers lie between two blocks.
+        return latent_paging(self._layer.kv_cache)
 
 
 def context_chunks(
@@ -167,7 +175,7 @@ def context_chunks(
     """All cached tokens of prefill requests, in chunks of up to `max_tokens`; a request may span several.
 
     context_lengths: cached tokens of each request; query_ends: where their new tokens end; block_table: int32
-    [requests, columns], on the device where the chunks are wanted.
+    [requests, columns], counted in pages, on the device where the chunks are wanted.
     """
     plans = plan_mla_context_chunks(context_lengths, max_tokens, max_tokens, 1, lambda rows: rows)
     bounds = [0, *query_ends]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's batch as the arrays that the NPU's attention operators want, built once per step.
 
-The operators count differently from vLLM. Block b is entry 2 * b of the block table, since K and V are halves
-of one page (cache_layout.py). Lengths are Python lists, since the operators plan on the host: query lengths
+The operators count differently from vLLM: in half-pages, and head-major each KV head of a request is a
+sequence of its own (paging.py). Lengths are Python lists, since the operators plan on the host: query lengths
 cumulative without a leading zero, KV lengths one by one. All layers of a step share the result.
 """
 
@@ -21,7 +21,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_ascend.attention.cache_layout import operator_block
+from vllm_ascend.attention.layout_option import is_head_major
+from vllm_ascend.attention.paging import Paging, head_paging
 from vllm_ascend.errors import ConfigError
 
 MASK_SIZE = 2048
@@ -30,20 +31,26 @@ MASK_SIZE = 2048
 
 @dataclass(frozen=True)
 class GroupedAttentionMetadata(AttentionMetadata):
-    """One step of one KV cache group, R requests with T tokens in all."""
+    """One step of one KV cache group, R requests with T tokens in all.
+
+    To the operators these are S sequences: the requests, or head-major the first KV head of every request,
+    then the second, and so on.
+    """
 
     num_tokens: int
     """T. Rows of the model's batch beyond it are padding."""
     query_ends: list[int]
-    """Where each request's query rows end: cumulative, R entries, the last is T."""
+    """Where each sequence's query rows end: cumulative, S entries."""
     kv_lengths: list[int]
-    """Tokens in the KV cache of each request, those of this step included; R entries."""
+    """Tokens in the KV cache of each sequence, those of this step included; S entries."""
     block_table: torch.Tensor
-    """int32 [R, blocks of the longest request], on the device, counted in half-pages."""
+    """int32 [S, blocks of the longest request], on the device, counted in half-pages."""
     slots: torch.Tensor
-    """int32 [T], on the device, counted in half-pages: where each token's K and V go. Negative: nowhere."""
-    block_size: int
-    """Tokens per block."""
+    """int32 [T * S / R], on the device: where each token's K and V go, head-major those of each of its heads.
+
+    Counted in rows of half-pages. Negative: nowhere.
+    """
+    paging: Paging
     mask: torch.Tensor
     """int8 [2048, 2048], on the device, 1 above the diagonal."""
 
@@ -67,6 +74,8 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
         self._block_size = kv_cache_spec.block_size
         self._mask = causal_mask(device)
         self._drafts = vllm_config.speculative_config is not None
+        self._head_major = is_head_major(vllm_config)
+        self._forward_context = vllm_config.compilation_config.static_forward_context
 
     def build(
         self,
@@ -79,15 +88,24 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
         kv_lengths = kv_lengths_of(common, self._drafts).tolist()
         num_tokens = query_ends[-1]
         num_columns = cdiv(max(kv_lengths), self._block_size)
+        paging = self._paging
+        sequences = range(paging.num_sequences)
         return GroupedAttentionMetadata(
             num_tokens=num_tokens,
-            query_ends=query_ends,
-            kv_lengths=kv_lengths,
-            block_table=operator_block(common.block_table_tensor[: common.num_reqs, :num_columns]),
-            slots=operator_slots(common.slot_mapping[:num_tokens], self._block_size),
-            block_size=self._block_size,
+            query_ends=[sequence * num_tokens + end for sequence in sequences for end in query_ends],
+            kv_lengths=kv_lengths * paging.num_sequences,
+            block_table=paging.block_table(common.block_table_tensor[: common.num_reqs, :num_columns]),
+            slots=paging.slots(common.slot_mapping[:num_tokens]),
+            paging=paging,
             mask=self._mask,
         )
+
+    @functools.cached_property
+    def _paging(self) -> Paging:
+        # Builders are made before the cache, whose strides tell how many layers lie between two heads.
+        if not self._head_major:
+            return Paging(self._block_size)
+        return head_paging(self._forward_context[self.layer_names[0]].kv_cache)
 
 
 def kv_lengths_of(common: CommonAttentionMetadata, drafts: bool) -> torch.Tensor:
@@ -100,16 +118,6 @@ def kv_lengths_of(common: CommonAttentionMetadata, drafts: bool) -> torch.Tensor
         return common.seq_lens[: common.num_reqs].cpu()
     assert common.seq_lens_cpu_upper_bound is not None
     return common.seq_lens_cpu_upper_bound[: common.num_reqs]
-
-
-def operator_slots(slots: torch.Tensor, block_size: int) -> torch.Tensor:
-    """vLLM's slots, block * block_size + offset, with the operators' block in place of vLLM's; int32.
-
-    Negative slots stay negative.
-    """
-    blocks = torch.div(slots, block_size, rounding_mode="floor")
-    offsets = slots - blocks * block_size
-    return (operator_block(blocks) * block_size + offsets).to(torch.int32)
 
 
 @functools.cache

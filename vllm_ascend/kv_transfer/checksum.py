@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 import torch_npu
 
-from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.attention.cache_layout import PageLayout, layer_rows
 from vllm_ascend.kv_transfer.topology import Span
 
 Ints = npt.NDArray[np.int64]
@@ -63,8 +63,8 @@ def units_of(tokens: Span) -> Span:
 def layer_sums(layer: torch.Tensor, page: PageLayout, slots: Ints) -> UnitSums:
     """The sums of tokens at `slots`, the first of which begins a unit; the last unit may lack tokens.
 
-    `layer` is a layer's pages, contiguous, as vLLM's view [pages, heads, tokens per page, content]. Computed
-    on the layer's device, on the current stream; returns when done.
+    `layer` is vLLM's view [blocks, heads, tokens of a block, content], `page` its layout. Computed on the
+    layer's device, on the current stream; returns when done.
     """
     with torch.inference_mode():
         rows = _rows(layer, page)
@@ -92,18 +92,15 @@ def state_sums(layer: torch.Tensor, block: int) -> UnitSums:
 
 
 def _rows(layer: torch.Tensor, page: PageLayout) -> torch.Tensor:
-    """The layer's words as [page, plane and token, head, word], the first two joined."""
-    words = layer.view(torch.uint8 if page.itemsize_bytes == 1 else torch.int16)
-    return words.view(layer.shape[0] * page.planes * page.block_size, page.num_heads, -1)
+    """The layer's words as [row of the layer, words]."""
+    return layer_rows(layer, page).view(torch.uint8 if page.itemsize_bytes == 1 else torch.int16)
 
 
 def _sums(rows: torch.Tensor, page: PageLayout, slots: Ints) -> UnitSums:
-    place, token = np.divmod(slots, page.block_size)
-    planes = np.arange(page.planes, dtype=np.int64)
-    row = (place[:, None] * page.planes + planes) * page.block_size + token[:, None]
-    found = rows.index_select(0, torch.from_numpy(row.reshape(-1)).to(rows.device))
-    words = found.view(len(slots), page.planes, page.num_heads, -1).to(torch.int64) & 0xFFFF
-    by_head = words.permute(2, 0, 1, 3).reshape(page.num_heads, len(slots), -1)
+    found = rows.index_select(0, torch.from_numpy(page.rows(slots).reshape(-1)).to(rows.device))
+    shape = (page.num_pages, page.planes, len(slots), page.row_heads, -1)
+    words = found.view(shape).to(torch.int64) & 0xFFFF
+    by_head = words.permute(0, 3, 2, 1, 4).reshape(page.num_heads, len(slots), -1)
     # Tokens that the last unit lacks count as zeros, on both sides.
     missing = -len(slots) % UNIT_TOKENS
     whole = torch.nn.functional.pad(by_head, (0, 0, 0, missing))

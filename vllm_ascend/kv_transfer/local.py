@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_ascend.attention.cache_layout import HALVES, PageLayout, page_layout, state_layout
+from vllm_ascend.attention.layout_option import is_head_major
 from vllm_ascend.errors import ConfigError
 from vllm_ascend.kv_transfer.blocks import Keeps
 from vllm_ascend.kv_transfer.messages import (
@@ -78,7 +79,8 @@ class Stack:
     kind: LayerKind | StateKind
     """What a peer's layers of the same names must equal."""
     tensors: tuple[torch.Tensor, ...]
-    """Each layer as a view [pages, heads, tokens per page, content]; of states [pages, 1, 1, bytes]."""
+    """Each layer as a view [kernel blocks, heads, tokens of a block, content]; of states
+    [blocks, 1, 1, bytes]."""
     memory: RankMemory
     """Where the tensors lie. Of states, the parts stand for heads, and a page is a slot."""
 
@@ -95,6 +97,8 @@ class Stack:
             num_heads=len(memory.heads),
             num_blocks=memory.num_blocks,
             page_bytes=memory.page.page_bytes,
+            block_stride_bytes=memory.page.block_stride_bytes,
+            head_stride_bytes=memory.page.head_stride_bytes,
             layers=memory.layers,
             addresses=memory.addresses,
         )
@@ -115,15 +119,15 @@ class LocalCache:
 
     def regions(self) -> list[Region]:
         """The layers' memory, neighbours as one region: a card limits how many can be registered."""
-        layer_bytes: dict[Address, int] = {}
-        for stack in self.stacks:
-            num_bytes = stack.memory.num_blocks * stack.memory.page.page_bytes
-            for address in stack.memory.addresses:
-                # Groups lie over each other.
-                layer_bytes[address] = max(num_bytes, layer_bytes.get(address, 0))
-        starts = np.array(sorted(layer_bytes), dtype=np.int64)
-        stops = starts + np.array([layer_bytes[Address(int(start))] for start in starts], dtype=np.int64)
-        cuts = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+        extents = [
+            (address, address + stack.memory.page.extent_bytes(stack.memory.num_blocks))
+            for stack in self.stacks
+            for address in stack.memory.addresses
+        ]
+        starts, stops = np.array(sorted(extents), dtype=np.int64).T
+        # Groups lie over each other; head-major, layers among each other.
+        stops = np.maximum.accumulate(stops)
+        cuts = np.flatnonzero(starts[1:] > stops[:-1]) + 1
         parts = zip(np.split(starts, cuts), np.split(stops, cuts), strict=True)
         return [Region(Address(int(start[0])), int(stop[-1] - start[0])) for start, stop in parts]
 
@@ -248,7 +252,8 @@ def _describe(
         )
         return state, state_layout(kv_cache)
     assert isinstance(spec, AttentionSpec)
-    page = page_layout(_as_pages(kv_cache), planes=1 if _is_latent(spec) else HALVES)
+    planes = 1 if _is_latent(spec) else HALVES
+    page = page_layout(_as_pages(kv_cache), planes, is_head_major(vllm_config))
     kind = LayerKind(
         num_kv_heads=1 if _is_latent(spec) else _num_kv_heads(name, page, vllm_config, rank),
         head_size=page.head_size,

@@ -23,7 +23,8 @@ WIRE_VERSION = 3
 # 1: first version; one KV cache group, regions per layer
 # 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
 #    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
-# 3: layers with recurrent state
+# 3: layers with recurrent state; distances from block to block and from head to head, which a layer's pages
+#    need not fill
 
 T = TypeVar("T")
 
@@ -119,9 +120,12 @@ class StackRegions(msgspec.Struct, frozen=True, kw_only=True):
     num_heads: Size
     """The KV heads, or parts of a state, that the rank stores: so many, from `first_head` of the layer on."""
     num_blocks: Index
-    """Pages in every layer."""
-    page_bytes: WireAddress
-    """From page to page."""
+    """Blocks of attention, or of states, in every layer."""
+    page_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    block_stride_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    """From block to block of a layer: a page, or head-major the pages of all heads and layers."""
+    head_stride_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    """Head-major, from the page of a head to that of the next; 0: a page has all heads."""
     layers: Names
     addresses: Annotated[tuple[WireAddress, ...], msgspec.Meta(max_length=65536)]
     """Where block 0 of each layer begins, in the rank's own address space."""
@@ -268,9 +272,15 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
             ) from error
 
 
-def prompt_digest(token_ids: Sequence[int]) -> str:
-    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 64-bit integers."""
-    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
+def prompt_digest(token_ids: Sequence[int], marks: Sequence[str] = ()) -> str:
+    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 64-bit integers.
+
+    `marks` name what else the KV depends on; each follows behind a zero byte.
+    """
+    digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
+    for mark in marks:
+        digest.update(b"\0" + mark.encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

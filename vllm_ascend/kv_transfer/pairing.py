@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from vllm_ascend.attention.cache_layout import PageLayout, can_convert
+from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout, can_convert
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack, num_heads_of
@@ -183,7 +183,7 @@ def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engi
     if theirs.page_bytes != page.page_bytes or len(theirs.layers) != len(theirs.addresses):
         raise TopologyError(
             f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {theirs.page_bytes} bytes, "
-            f"which for {page.block_size} tokens of {len(heads)} heads should be {page.page_bytes}; "
+            f"which for {page.block_size} tokens of {page.row_heads} heads should be {page.page_bytes}; "
             f"run the same release on both sides"
         )
     addresses = tuple(Address(address) for address in theirs.addresses)
@@ -195,4 +195,8 @@ def _page_of(theirs: StackRegions, stack: Stack, peer: Engine) -> PageLayout:
     page = stack.memory.page
     if isinstance(stack.kind, StateKind):
         return page.padded_to(max(theirs.page_bytes, page.page_bytes - page.padding_bytes))
-    return page.of_size(peer.blocks.page_size, theirs.num_heads)
+    if page.apart is None:
+        return page.of_size(peer.blocks.page_size, theirs.num_heads)
+    # The layout's name is the same here; how far the peer's pages are apart, it says.
+    apart = HeadMajor(theirs.head_stride_bytes, theirs.block_stride_bytes)
+    return page.of_size(peer.blocks.page_size, theirs.num_heads, apart)

@@ -20,6 +20,11 @@ How a page maps depends on the heads that are wanted of a rank.
   are read to where they belong, a range for each, or for as many as lie in a row on both sides. Nothing is
   regrouped.
 
+Head-major pages (cache_layout.py) are simpler. Where a block holds as many tokens there as here, the heads
+that a rank gives are one strip of each of its blocks over all layers, and one strip of ours: a range for each
+block and source, for any two sizes. A strip is cut where layers are on different pipeline stages. Where
+blocks differ, K and V of each head are read to where they belong, as far as they lie in a row on both sides.
+
 Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart. Recurrent
 state is planned like rows: its parts for heads, its pages for tokens, and what pads them is left out.
 
@@ -52,11 +57,11 @@ class RankMemory:
     """The KV heads it stores, numbered over the whole model."""
     page: PageLayout
     num_blocks: int
-    """Kernel blocks in every layer."""
+    """Blocks of attention in every layer."""
     layers: tuple[str, ...]
     """Names of the layers that it stores."""
     addresses: tuple[Address, ...]
-    """Where block 0 of each of these layers begins."""
+    """Where block 0 of each of these layers begins, head-major the page of its first head."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +81,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Strips:
+    """Ranges of each block that are neither cut nor rearranged, one for each of the source's bases."""
+
+    num_bytes: Ints
+
+
+@dataclass(frozen=True)
 class Source:
     """What one prefill rank contributes, for every block of a request."""
 
     prefill_rank: int
-    mapping: WholePages | Rows
+    mapping: WholePages | Rows | Strips
     remote: RankMemory
     remote_bases: Ints
-    """Where block 0 begins at the prefill rank, for each layer that is read from it."""
+    """What is read of block 0 at the prefill rank: where each layer begins, or page, or strip."""
     local_bases: Ints
-    """Where block 0 of the same layers begins here."""
+    """Where the same begins here."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ class PairPlan:
                 return self._pages_into_share(share, source, runs.in_pages(self.local.page.block_size))
             case Rows() as rows:
                 return self._rows(rows, source, runs)
+            case Strips(num_bytes):
+                return self._strips(num_bytes, source, runs.in_pages(self.local.page.block_size).one_by_one())
             case _:
                 assert_never(source.mapping)
 
@@ -139,6 +153,17 @@ class PairPlan:
             in_remote_layer, in_local_layer, num_bytes = _joined(in_remote_layer, in_local_layer, num_bytes)
         return _in_every_layer(source, in_remote_layer, in_local_layer, num_bytes)
 
+    def _strips(self, num_bytes: Ints, source: Source, blocks: Runs) -> Copies:
+        remote, local = (
+            np.add.outer(start * memory.page.block_stride_bytes, bases).reshape(-1)
+            for start, memory, bases in (
+                (blocks.remote_start, source.remote, source.remote_bases),
+                (blocks.local_start, self.local, source.local_bases),
+            )
+        )
+        # Neighbouring blocks touch where a strip is all of them, on both sides.
+        return Copies(*_joined(remote, local, np.tile(num_bytes, len(blocks))))
+
 
 def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> PairPlan:
     """Plan how the rank that is `local` reads from the ranks of one prefill engine.
@@ -151,6 +176,11 @@ def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> Pa
         for stage in _stages(local, prefill)
         for read in plan_head_reads(local.heads, [prefill[rank].heads for rank in stage], turn)
     ]
+    if local.page.apart is not None:
+        sources = [
+            _source_apart(local, prefill, stage[read.prefill_rank], read.heads) for stage, read in reads
+        ]
+        return PairPlan(local, tuple(sources), shares=1)
     shares = _equal_shares(local, prefill, reads)
     sources = [_source(local, prefill, stage[read.prefill_rank], read.heads, shares) for stage, read in reads]
     return PairPlan(local, tuple(sources), shares=shares or 1)
@@ -172,10 +202,8 @@ def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None
 
     The proof: the ranges lie inside what is wanted, none overlaps another, and they sum to as many bytes.
     """
-    offset, num_bytes = _wanted(local.page, runs)
-    bases = np.sort(np.asarray(local.addresses, dtype=np.int64))
-    wanted_start = np.add.outer(bases, offset).reshape(-1)
-    wanted_stop = wanted_start + np.tile(num_bytes, len(bases))
+    wanted_start, num_bytes = _wanted(local, runs)
+    wanted_stop = wanted_start + num_bytes
 
     start = np.concatenate([part.local for part in copies])
     order = np.argsort(start, kind="stable")
@@ -188,13 +216,31 @@ def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None
     distinct = wanted_start[1:] >= wanted_stop[:-1]
     if not (inside.all() and disjoint.all() and complete and distinct.all()):
         raise ReadFailed(
-            f"the plan for {runs.total} tokens of {len(bases)} layers does not write every byte exactly once "
-            f"(inside: {inside.all()}, disjoint: {disjoint.all()}, complete: {complete}, "
+            f"the plan for {runs.total} tokens of {len(local.layers)} layers does not write every byte "
+            f"exactly once (inside: {inside.all()}, disjoint: {disjoint.all()}, complete: {complete}, "
             f"blocks distinct: {distinct.all()}); nothing was read"
         )
 
 
-def _wanted(page: PageLayout, runs: Runs) -> tuple[Ints, Ints]:
+def _wanted(local: RankMemory, runs: Runs) -> tuple[Ints, Ints]:
+    """Start and length of what `runs` fill in all layers and heads; ascending."""
+    bases, page = _page_starts(local, local.layers, local.heads), local.page
+    if page.apart is None:
+        offset, num_bytes = _wanted_of_pages(page, runs)
+        return np.add.outer(np.sort(bases), offset).reshape(-1), np.tile(num_bytes, len(bases))
+    if (runs.length % page.block_size).any():
+        offset, num_bytes = _wanted_of_pages(page, runs)
+    else:
+        # One strip, unless other layers lie among these.
+        _, bases, strip_bytes = _joined(bases, bases, np.full(len(bases), page.page_bytes))
+        offset = runs.in_pages(page.block_size).local() * page.block_stride_bytes
+        start = np.add.outer(offset, bases).reshape(-1)
+        return _joined(start, start, np.tile(strip_bytes, len(offset)))[1:]
+    start = np.add.outer(bases, offset).reshape(-1)
+    return _joined(start, start, np.tile(num_bytes, len(bases)))[1:]
+
+
+def _wanted_of_pages(page: PageLayout, runs: Runs) -> tuple[Ints, Ints]:
     """Start and length, in bytes from page 0, of what `runs` fill in a layer; ascending, neighbours joined.
 
     Runs are whole pages, or lie within one: then its planes are apart.
@@ -249,8 +295,6 @@ def _source(
 ) -> Source:
     remote = prefill[rank]
     common = [layer for layer in local.layers if layer in set(remote.layers)]
-    address_of = dict(zip(remote.layers, remote.addresses, strict=True))
-    own_address_of = dict(zip(local.layers, local.addresses, strict=True))
     mapping: WholePages | Rows = (
         _rows(local, remote, heads)
         if shares is None
@@ -260,9 +304,33 @@ def _source(
         rank,
         mapping,
         remote,
-        remote_bases=np.array([address_of[layer] for layer in common], dtype=np.int64),
-        local_bases=np.array([own_address_of[layer] for layer in common], dtype=np.int64),
+        remote_bases=_page_starts(remote, common, heads),
+        local_bases=_page_starts(local, common, heads),
     )
+
+
+def _source_apart(local: RankMemory, prefill: Sequence[RankMemory], rank: int, heads: Span) -> Source:
+    remote = prefill[rank]
+    common = [layer for layer in local.layers if layer in set(remote.layers)]
+    remote_bases, local_bases = (_page_starts(memory, common, heads) for memory in (remote, local))
+    if remote.page.block_size != local.page.block_size:
+        every_row = Rows(remote_offset=0, local_offset=0, num_bytes=local.page.row_bytes)
+        return Source(rank, every_row, remote, remote_bases, local_bases)
+    page_bytes = np.full(len(local_bases), local.page.page_bytes)
+    remote_bases, local_bases, num_bytes = _joined(remote_bases, local_bases, page_bytes)
+    return Source(rank, Strips(num_bytes), remote, remote_bases, local_bases)
+
+
+def _page_starts(memory: RankMemory, layers: Sequence[str], heads: Span) -> Ints:
+    """Where block 0 of each layer begins; head-major, each of `heads` of each layer."""
+    address_of = dict(zip(memory.layers, memory.addresses, strict=True))
+    starts = np.array([address_of[layer] for layer in layers], dtype=np.int64)
+    if memory.page.apart is None:
+        return starts
+    wanted = heads.relative_to(memory.heads.start)
+    by_head = np.arange(wanted.start, wanted.stop, dtype=np.int64) * memory.page.head_stride_bytes
+    by_page: Ints = np.add.outer(starts, by_head).reshape(-1)
+    return by_page
 
 
 def _rows(local: RankMemory, remote: RankMemory, heads: Span) -> Rows:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 import torch_npu
 
-from vllm_ascend.attention.cache_layout import HALVES, PageLayout, operator_block, split_pages
+from vllm_ascend.attention.cache_layout import HALVES, PageLayout, layer_rows, operator_block, split_pages
 from vllm_ascend.errors import ReadFailed
 
 Ints = npt.NDArray[np.int64]
@@ -77,7 +77,7 @@ class Regroup:
             rows = torch.from_numpy(page.rows(slots).reshape(-1)).to(self._device)
             fits = torch.ones((), dtype=torch.bool, device=self._device)
             for kv_cache in self._kv_caches:
-                here = kv_cache.view(-1, page.num_heads * page.head_size)
+                here = layer_rows(kv_cache, page)
                 there = here.view(getattr(torch, cache_dtype)).index_select(0, rows)
                 converted = there.to(here.dtype)
                 fits &= (converted.isfinite() == there.isfinite()).all()

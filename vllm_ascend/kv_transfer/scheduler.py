@@ -463,6 +463,19 @@ def _drop_last_token(request: Request) -> None:
 
 
 def _digest(request: Request, num_tokens: int) -> str | None:
-    """What tells the request's first `num_tokens` prompt tokens from others; None if it brings embeddings."""
+    """What tells the KV of the request's first `num_tokens` prompt tokens from others; None if it brings
+    embeddings.
+
+    Two pictures may stand behind the same tokens: each counts by vLLM's hash of it, an adapter by its name.
+    """
     token_ids = request.prompt_token_ids
-    return None if token_ids is None else prompt_digest(token_ids[:num_tokens])
+    if token_ids is None:
+        return None
+    marks = [
+        f"{feature.mm_position.offset} {feature.identifier}"
+        for feature in request.mm_features
+        if feature.mm_position.offset < num_tokens
+    ]
+    if request.lora_request is not None:
+        marks.append(f"lora {request.lora_request.lora_name}")
+    return prompt_digest(token_ids[:num_tokens], marks)

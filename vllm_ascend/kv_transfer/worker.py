@@ -155,7 +155,9 @@ class WorkerHalf:
         self._engines: Peers[PrefillEngine] = Peers()
         self._unsettled: list[NotLoaded] = []
         self._of_tokens = [stack for stack in local.stacks if not stack.is_state]
-        self._staging = staging_of(options, [stack.tensors for stack in self._of_tokens])
+        # Head-major, there are no heads to put side by side.
+        token_major = all(stack.memory.page.apart is None for stack in self._of_tokens)
+        self._staging = staging_of(options, [s.tensors for s in self._of_tokens]) if token_major else None
         transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
         enter_thread = self._regroups[0].enter_thread
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(options.reader_threads, enter_thread)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from vllm_ascend.attention.cache_layout import (
+    HeadMajor,
     PageLayout,
     can_convert,
+    head_windows,
+    layer_rows,
     operator_block,
     page_layout,
     split_pages,
@@ -54,7 +57,7 @@ def test_a_page_of_states_is_one_row_and_padding():
 def test_rows_are_counted_over_k_and_v_of_all_pages():
     page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
     # Page 2 has the rows 8 and 9 of K, 10 and 11 of V.
-    assert page.rows(np.array([0, 5])).tolist() == [[0, 9], [2, 11]]
+    assert page.rows(np.array([0, 5])).tolist() == [[[0, 9], [2, 11]]]
 
 
 @pytest.mark.parametrize(
@@ -124,3 +127,68 @@ def test_shares_are_smaller_pages_in_the_same_memory():
 def test_a_view_that_is_not_a_row_of_pages_is_refused(kv_cache, message):
     with pytest.raises(ValueError, match=message):
         split_pages(kv_cache)
+
+
+def head_major_cache(
+    num_blocks: int = 3, heads: int = 2, layers: int = 3, block_size: int = 2, head_size: int = 5
+) -> list[torch.Tensor]:
+    """Layers as vLLM shows them in BHLNC, every element its own position in memory."""
+    shape = (num_blocks, heads, layers, block_size, 2 * head_size)
+    memory = torch.arange(np.prod(shape), dtype=torch.int32).view(shape)
+    return list(memory.unbind(2))
+
+
+def test_the_layout_of_a_head_major_layer():
+    # A page has 20 elements of 4 bytes; a head 3 pages, a block 6.
+    assert page_layout(head_major_cache()[1], head_major=True) == PageLayout(
+        2, 2, 5, 4, apart=HeadMajor(head_stride_bytes=240, block_stride_bytes=480)
+    )
+
+
+def test_sizes_of_a_head_major_block():
+    page = PageLayout(4, 3, 8, 2, apart=HeadMajor(head_stride_bytes=256, block_stride_bytes=768))
+    assert (page.row_bytes, page.plane_bytes, page.page_bytes, page.num_pages) == (16, 64, 128, 3)
+    # From the first page of block 0 to the last one of block 1, the third head's.
+    assert page.extent_bytes(2) == 768 + 2 * 256 + 128
+    assert page.name == "head-major"
+
+
+def test_windows_on_head_major_pages_find_k_and_v_of_a_head():
+    for number, layer_ in enumerate(head_major_cache()):
+        key_cache, value_cache = head_windows(layer_)
+        assert key_cache.shape == value_cache.shape
+        assert key_cache.shape[1:] == (2, 1, 5)
+        assert key_cache.is_contiguous()
+        assert value_cache.is_contiguous()
+        for block in range(3):
+            for head in range(2):
+                # Blocks are 6 pages of 2 half-pages apart, heads 3.
+                entry = 12 * block + 6 * head
+                first = 120 * block + 60 * head + 20 * number
+                assert key_cache[entry].flatten().tolist() == list(range(first, first + 10))
+                assert value_cache[entry].flatten().tolist() == list(range(first + 10, first + 20))
+
+
+@pytest.mark.parametrize("head_major", [False, True])
+def test_rows_are_where_the_layer_has_them(head_major):
+    layer_ = head_major_cache()[1] if head_major else layer(heads=2)
+    page = page_layout(layer_, head_major=head_major)
+    rows = layer_rows(layer_, page)
+    # Slot 5 is the second token of block 2. Its K, then its V, in the order of memory.
+    found = rows[torch.from_numpy(page.rows(np.array([5])))]
+    if head_major:
+        assert found.squeeze(2)[:, :, 0].tolist() == [[265, 275], [325, 335]]
+    else:
+        assert found.squeeze(2)[:, :, 0].tolist() == [[90, 110]]
+
+
+@pytest.mark.parametrize(
+    "kv_cache",
+    [
+        pytest.param(layer().transpose(1, 2).contiguous().transpose(1, 2), id="heads inside of tokens"),
+        pytest.param(torch.zeros(3, 4, 2, 11)[..., :10], id="gaps between tokens"),
+    ],
+)
+def test_a_view_whose_heads_are_in_pieces_is_not_head_major(kv_cache):
+    with pytest.raises(ValueError, match="BHLNC; got strides"):
+        page_layout(kv_cache, head_major=True)

@@ -56,6 +56,8 @@ STACK = StackRegions(
     num_heads=2,
     num_blocks=3,
     page_bytes=64,
+    block_stride_bytes=64,
+    head_stride_bytes=0,
     layers=("a", "b"),
     addresses=(1, 2),
 )
@@ -66,6 +68,8 @@ STATES = StackRegions(
     num_heads=1,
     num_blocks=3,
     page_bytes=512,
+    block_stride_bytes=512,
+    head_stride_bytes=0,
     layers=("c",),
     addresses=(3,),
 )

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
@@ -172,3 +172,80 @@ def test_a_block_listed_twice_is_not_run():
     plan = plan_pair(local, [rank_memory((0, 2), 50000)], turn=0)
     with pytest.raises(ReadFailed, match="blocks distinct: False"):
         prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
+
+
+def head_major_memory(heads: tuple[int, int], base: int, layers: tuple[int, int] = (0, 3)) -> RankMemory:
+    """Eight blocks of two tokens; a page of one head is 128 bytes, a head of a block has one per layer."""
+    num_heads, num_layers = heads[1] - heads[0], layers[1] - layers[0]
+    apart = HeadMajor(head_stride_bytes=128 * num_layers, block_stride_bytes=128 * num_layers * num_heads)
+    return RankMemory(
+        heads=Span(*heads),
+        page=PageLayout(block_size=2, num_heads=num_heads, head_size=16, itemsize_bytes=2, apart=apart),
+        num_blocks=8,
+        layers=tuple(f"layer.{i}" for i in range(*layers)),
+        addresses=tuple(Address(base + i * 128) for i in range(num_layers)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("local", "prefill", "pairs", "expected"),
+    [
+        pytest.param(
+            head_major_memory((0, 2), 10000),
+            [head_major_memory((0, 2), 50000)],
+            [(3, 1), (4, 2), (6, 3)],
+            [(0, 52304, 10768, 1536), (0, 54608, 12304, 768)],
+            id="same heads: neighbouring blocks are one range over all layers",
+        ),
+        pytest.param(
+            head_major_memory((0, 2), 10000),
+            [head_major_memory((0, 1), 50000), head_major_memory((1, 2), 60000)],
+            [(3, 1), (4, 2)],
+            [(0, 51152, 10768, 384), (0, 51536, 11536, 384), (1, 61152, 11152, 384), (1, 61536, 11920, 384)],
+            id="two ranks of one head: a range for each block and rank",
+        ),
+        pytest.param(
+            head_major_memory((1, 2), 10000),
+            [head_major_memory((0, 4), 50000)],
+            [(3, 1), (4, 2)],
+            [(0, 54992, 10384, 384), (0, 56528, 10768, 384)],
+            id="one head of four: a range for each block",
+        ),
+        pytest.param(
+            head_major_memory((1, 3), 10000),
+            [head_major_memory((0, 2), 50000), head_major_memory((2, 4), 60000)],
+            [(0, 1)],
+            [(0, 50384, 10768, 384), (1, 60000, 11152, 384)],
+            id="sizes that do not divide one another: a range for each source",
+        ),
+        pytest.param(
+            head_major_memory((0, 2), 10000),
+            [head_major_memory((0, 2), 50000, (0, 1)), head_major_memory((0, 2), 60000, (1, 3))],
+            [(1, 0)],
+            [(0, 50256, 10000, 128), (0, 50384, 10384, 128), (1, 60512, 10128, 256), (1, 60768, 10512, 256)],
+            id="two stages: a range for each head and stage",
+        ),
+    ],
+)
+def test_head_major_ranges(local, prefill, pairs, expected):
+    runs = pulled(*pairs)
+    plan = plan_pair(local, prefill, turn=0)
+    assert ranges(plan, runs) == expected
+    assert plan.shares == 1
+    prove_cover(local, runs, [copies for _, copies in plan.copies(runs)])
+
+
+@pytest.mark.parametrize(
+    ("local_start", "num_bytes", "flaw"),
+    [
+        pytest.param([10768], [760], "complete: False", id="a byte is missing"),
+        pytest.param([10768, 11152], [384 + 8, 376], "disjoint: False", id="a byte is written twice"),
+        pytest.param(
+            [10768 - 384, 11152], [384, 384], "inside: False", id="a byte of another block is written"
+        ),
+    ],
+)
+def test_a_head_major_plan_that_does_not_cover_is_not_run(local_start, num_bytes, flaw):
+    copies = Copies(np.zeros(len(num_bytes), np.int64), np.array(local_start), np.array(num_bytes))
+    with pytest.raises(ReadFailed, match=flaw):
+        prove_cover(head_major_memory((0, 2), 10000), pulled((3, 1)), [copies])

@@ -3,8 +3,9 @@
 
 Valid is what vLLM allows: a TP size divides the KV heads or is a multiple of them, so two sizes need not
 divide one another; layers are split among pipeline stages anywhere; blocks, and the pages that attention cuts
-them into, have any size; a page has K and V or latent rows; of a sliding window only the end is wanted.
-States move between equal TP sizes, from pages padded in one way to pages padded in another.
+them into, have any size; a page has K and V or latent rows, of all heads or of one; of a sliding window only
+the end is wanted. States move between equal TP sizes, from pages padded in one way to pages padded in
+another.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, neighbours, runs_of, tokens_seen
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
 from vllm_ascend.kv_transfer.topology import Span, turns_of
@@ -56,6 +57,8 @@ class Transfer:
     """Requests that went before."""
     planes: int
     """2: K and V. 1: latent rows, which all ranks store."""
+    head_major: bool
+    """On both sides."""
 
     @property
     def remote(self) -> Blocks:
@@ -101,31 +104,51 @@ def transfers(draw: st.DrawFn) -> Transfer:
     )
     tokens = tokens_seen(Span(start, stop), draw(st.none() | st.integers(2, NUM_SLOTS)))
     request = draw(st.integers(0, 5))
-    return Transfer(num_kv_heads, prefill, decode, tokens, remote_ids, local_ids, request, planes)
+    head_major = draw(st.booleans())
+    return Transfer(num_kv_heads, prefill, decode, tokens, remote_ids, local_ids, request, planes, head_major)
 
 
 class Cache:
-    """One rank's cache, empty: bytes [layer, page, plane, token, head, byte].
+    """One rank's cache, empty: `bytes` shows `raw` as [layer, block, plane, token, head, byte].
 
-    A page that is nobody's follows each layer, so that layers do not touch.
+    A page that is nobody's follows each layer, head-major each block, so that they do not touch.
     """
 
-    def __init__(self, heads: Span, layers: Span, page_size: int, planes: int) -> None:
+    def __init__(self, heads: Span, layers: Span, page_size: int, planes: int, head_major: bool) -> None:
         page = PageLayout(page_size, len(heads), HEAD_SIZE, itemsize_bytes=2, planes=planes)
-        num_pages = NUM_SLOTS // page_size
-        shape = (len(layers), num_pages + 1, planes, page_size, len(heads), HEAD_BYTES)
-        self.bytes = np.full(shape, UNTOUCHED, dtype=np.uint8)
+        num_blocks = NUM_SLOTS // page_size
+        self._shape = (len(layers), num_blocks, planes, page_size, len(heads), HEAD_BYTES)
+        self._head_major = head_major
+        if head_major:
+            head_bytes = len(layers) * page.page_bytes // len(heads)
+            block_bytes = len(heads) * head_bytes + page.page_bytes
+            page = replace(page, apart=HeadMajor(head_bytes, block_bytes))
+            self.raw = np.full((num_blocks, block_bytes), UNTOUCHED, dtype=np.uint8)
+            self.apart_bytes, layer_bytes = block_bytes, page.page_bytes
+        else:
+            self.apart_bytes = layer_bytes = (num_blocks + 1) * page.page_bytes
+            self.raw = np.full((len(layers), layer_bytes), UNTOUCHED, dtype=np.uint8)
+        self.bytes = self.in_order(self.raw)
         self.layers = layers
-        self.layer_bytes = (num_pages + 1) * page.page_bytes
-        base = self.bytes.ctypes.data
-        self.region = Region(Address(base), self.bytes.nbytes)
+        base = self.raw.ctypes.data
+        self.region = Region(Address(base), self.raw.nbytes)
         self.memory = RankMemory(
             heads,
             page,
-            num_pages,
+            num_blocks,
             tuple(f"layer.{layer}" for layer in range(layers.start, layers.stop)),
-            tuple(Address(base + i * self.layer_bytes) for i in range(len(layers))),
+            tuple(Address(base + i * layer_bytes) for i in range(len(layers))),
         )
+
+    def in_order(self, raw: np.ndarray) -> np.ndarray:
+        """A view of memory like `raw` without what is nobody's."""
+        layers, num_blocks, planes, tokens, heads, head_bytes = self._shape
+        used = raw[:, : math.prod(self._shape) // len(raw)]
+        if self._head_major:
+            return used.reshape(num_blocks, heads, layers, planes, tokens, head_bytes).transpose(
+                2, 0, 3, 4, 1, 5
+            )
+        return used.reshape(self._shape)
 
     def at(self, slots: Sequence[int]) -> tuple[slice, list[int], slice, list[int]]:
         """What to index `bytes` with to get the tokens in `slots`, as [slot, layer, plane, head, byte]."""
@@ -141,7 +164,13 @@ class Cache:
 def caches_of(sizes: Sizes, transfer: Transfer) -> list[Cache]:
     """Every rank's, stage after stage."""
     return [
-        Cache(heads_of(rank, sizes.tp_size, transfer.num_kv_heads), stage, sizes.page_size, transfer.planes)
+        Cache(
+            heads_of(rank, sizes.tp_size, transfer.num_kv_heads),
+            stage,
+            sizes.page_size,
+            transfer.planes,
+            transfer.head_major,
+        )
         for stage in sizes.stages
         for rank in range(sizes.tp_size)
     ]
@@ -177,13 +206,13 @@ def plans(transfer: Transfer, prefill: Sequence[Cache]) -> Iterator[tuple[Cache,
         yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn)
 
 
-def joinable(copies: Copies, layer_bytes: int, base: int) -> int:
-    """How many ranges go on where another of the same layer ends, at both ends."""
+def joinable(copies: Copies, apart_bytes: int, base: int) -> int:
+    """How many ranges go on where another of the same layer or block ends, at both ends."""
     order = np.argsort(copies.local)
     local, remote, num_bytes = copies.local[order], copies.remote[order], copies.num_bytes[order]
-    layer = (local - base) // layer_bytes
+    place = (local - base) // apart_bytes
     goes_on = (np.diff(local) == num_bytes[:-1]) & (np.diff(remote) == num_bytes[:-1])
-    return int((goes_on & (np.diff(layer) == 0)).sum())
+    return int((goes_on & (np.diff(place) == 0)).sum())
 
 
 @settings(deadline=None)
@@ -214,12 +243,12 @@ def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_chan
 @given(transfers(), st.integers(1, 4))
 def test_every_wanted_byte_is_written_once_and_no_other(transfer, longest):
     for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
-        written = np.zeros(decode.bytes.nbytes, dtype=int)
+        written = np.zeros(decode.raw.nbytes, dtype=int)
         for _, part in plan.copies(transfer.runs(longest)):
             for start, num_bytes in zip(part.local - decode.region.address, part.num_bytes, strict=True):
                 written[start : start + num_bytes] += 1
-        wanted = np.zeros(decode.bytes.shape, dtype=int)
-        wanted[decode.at(slots_of(transfer.local, transfer.pulled()))] = 1
+        wanted = np.zeros(decode.raw.shape, dtype=int)
+        decode.in_order(wanted)[decode.at(slots_of(transfer.local, transfer.pulled()))] = 1
         assert np.array_equal(written, wanted.reshape(-1))
 
 
@@ -228,7 +257,7 @@ def test_every_wanted_byte_is_written_once_and_no_other(transfer, longest):
 def test_no_two_ranges_could_be_one(transfer):
     for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         for _, part in plan.copies(transfer.runs()):
-            assert joinable(part, decode.layer_bytes, decode.region.address) == 0
+            assert joinable(part, decode.apart_bytes, decode.region.address) == 0
 
 
 @settings(deadline=None)
@@ -236,6 +265,7 @@ def test_no_two_ranges_could_be_one(transfer):
 def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
     assume(transfer.prefill.tp_size % transfer.decode.tp_size == 0)
     assume(transfer.prefill.page_size == transfer.decode.page_size)
+    assume(not transfer.head_major)
     runs = transfer.runs()
     for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         num_ranges = sum(len(copies) for _, copies in plan.copies(runs))
@@ -297,3 +327,15 @@ class StateCache:
 
     def __contains__(self, layer: int) -> bool:
         return self.layers.start <= layer < self.layers.stop
+
+
+@settings(deadline=None)
+@given(transfers())
+def test_head_major_a_range_covers_a_block_for_any_two_sizes(transfer):
+    transfer = replace(transfer, head_major=True)
+    assume(transfer.prefill.page_size == transfer.decode.page_size)
+    assume(transfer.prefill.stages == transfer.decode.stages)
+    runs = transfer.runs()
+    for _, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
+        num_blocks = runs.total // transfer.decode.page_size
+        assert [len(copies) for _, copies in plan.copies(runs)] == [num_blocks] * len(plan.sources)
