@@ -11,11 +11,13 @@ client leaves, both engines let go of its request. Several prompts in one reques
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -32,7 +34,7 @@ ASK_FOR_REMOTE_DECODE = {
     "remote_port": None,
 }
 # These say how much to generate, or how to send it; prefill generates one token of one answer, in one piece.
-NOT_FOR_ONE_TOKEN = ("min_tokens", "stream_options", "max_completion_tokens", "n", "best_of")
+NOT_FOR_PREFILL = ("min_tokens", "stream_options", "max_completion_tokens", "n", "best_of")
 
 
 def build_app(prefill: list[str], decode: list[str]) -> FastAPI:
@@ -83,11 +85,9 @@ async def _route(request: Request, prefill_in_turn: Iterator[str], decode_in_tur
             params = await _prefill(client, prefill, body, headers)
             if isinstance(params, Response):
                 return params
-            # The prefill engine holds blocks until a decode engine has asked for them.
-            body = (_one_token_of(body) if left.done() else body) | {"kv_transfer_params": params}
+            body = body | {"kv_transfer_params": params}
         decode = f"http://{next(decode_in_turn)}{request.url.path}"
-        asked = client.build_request("POST", decode, json=body, headers=headers)
-        return await _answer_of(client, asked, None if left.done() else left)
+        return await _answer_of(_Handover(client, decode, body, headers), left)
     finally:
         left.cancel()
 
@@ -96,7 +96,8 @@ async def _prefill(
     client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str]
 ) -> dict[str, Any] | Response | None:
     """The `kv_transfer_params` of the prefill engine's answer; its error, or ours, as a response."""
-    asked = _one_token_of(body) | {"kv_transfer_params": ASK_FOR_REMOTE_DECODE}
+    kept = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
+    asked = kept | {"max_tokens": 1, "stream": False, "kv_transfer_params": ASK_FOR_REMOTE_DECODE}
     try:
         answer = await client.post(url, json=asked, headers=headers)
     except httpx.TransportError as error:
@@ -107,22 +108,47 @@ async def _prefill(
     return params
 
 
-async def _answer_of(
-    client: httpx.AsyncClient, asked: httpx.Request, left: asyncio.Task[None] | None
-) -> Response:
-    """The decode engine's answer; if `left` ends first, it is hung up on, and drops the request."""
-    sending = asyncio.create_task(client.send(asked, stream=True))
-    await asyncio.wait({sending} if left is None else {sending, left}, return_when=asyncio.FIRST_COMPLETED)
-    if not sending.done():
+@dataclass(frozen=True)
+class _Handover:
+    """A prefilled request, as a decode engine gets it."""
+
+    client: httpx.AsyncClient
+    url: str
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+    async def send(self) -> httpx.Response:
+        """The decode engine's answer, as far as its headers."""
+        request = self.client.build_request("POST", self.url, json=self.body, headers=self.headers)
+        return await self.client.send(request, stream=True)
+
+    async def give_up(self) -> None:
+        """Have the prefill engine free what it holds for the request.
+
+        A decode engine that is hung up on may not have read the request, and then tells nobody. One that
+        refuses a request does tell the prefill engine; so it is sent one to refuse.
+        """
+        if self.body.get("kv_transfer_params"):
+            refused = self.body | {"model": "none: the client has left", "stream": False}
+            with contextlib.suppress(httpx.TransportError):  # the end of the lease frees the blocks then
+                await self.client.post(self.url, json=refused, headers=self.headers)
+
+
+async def _answer_of(handover: _Handover, left: asyncio.Task[None]) -> Response:
+    """The decode engine's answer; if `left` ends first, the engine is hung up on, and drops the request."""
+    if not left.done():
+        sending = asyncio.create_task(handover.send())
+        await asyncio.wait({sending, left}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done():
+            try:
+                answer = sending.result()
+            except httpx.TransportError as error:
+                return _unreachable(handover.url, error)
+            media_type = answer.headers.get("Content-Type", "application/json")
+            return StreamingResponse(_relay(answer, handover), answer.status_code, media_type=media_type)
         sending.cancel()
-        return Response(status_code=499)  # nobody reads it
-    try:
-        answer = sending.result()
-    except httpx.TransportError as error:
-        return _unreachable(str(asked.url), error)
-    return StreamingResponse(
-        _relay(answer), answer.status_code, media_type=answer.headers.get("Content-Type", "application/json")
-    )
+    await handover.give_up()
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _client_leaves(request: Request) -> None:
@@ -137,21 +163,26 @@ def _has_several_prompts(body: dict[str, Any]) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
 
 
-def _one_token_of(body: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in body.items() if name not in NOT_FOR_ONE_TOKEN}
-    return kept | {"max_tokens": 1, "stream": False}
+_giving_up: set[asyncio.Task[None]] = set()
+"""Kept, since the event loop does not keep its tasks alive."""
 
 
-async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
-    # Closing also runs when the client leaves, so that the decode engine drops the request.
+async def _relay(answer: httpx.Response, handover: _Handover) -> AsyncIterator[bytes]:
+    ended = False
     try:
         async for chunk in answer.aiter_bytes():
             yield chunk
+        ended = True
     except httpx.TransportError as error:
+        ended = True
         message = json.dumps({"error": {"message": f"the decode engine left before the end: {error!r}"}})
         streams = "event-stream" in answer.headers.get("Content-Type", "")
         yield f"data: {message}\n\n".encode() if streams else message.encode()
     finally:
+        if not ended:  # the client has left, and this task may wait for nothing any more
+            task = asyncio.create_task(handover.give_up())
+            _giving_up.add(task)
+            task.add_done_callback(_giving_up.discard)
         await answer.aclose()
 
 

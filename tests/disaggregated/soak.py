@@ -122,10 +122,12 @@ class Outages:
         # Until it is over, whoever asks whether a request met an outage is told yes.
         self.spans.append((began_s, float("inf")))
         os.killpg(victim.pid, signal.SIGKILL)
-        victim.stop()
-        victim.start().wait_ready()
-        self.spans[-1] = (began_s, time.monotonic())
-        self._all_up.set()
+        try:
+            victim.stop()
+            victim.start().wait_ready()
+        finally:
+            self.spans[-1] = (began_s, time.monotonic())
+            self._all_up.set()
 
     def met(self, began_s: float, ended_s: float) -> bool:
         """Whether an engine was down at some time in between."""
@@ -400,7 +402,7 @@ def judge(
 ) -> Verdict:
     """What became of it all, once the last answer is there."""
     held = settled(engines)
-    last = footprints([engines.prefill, engines.decode])
+    last = footprints([engines.prefill, engines.decode, engines.front])
     lived = {name for name in first.keys() | last.keys() if name.partition("/")[0] not in outages.victims}
     growth = {
         name: {unit: [getattr(first[name], unit), getattr(last[name], unit)] for unit in vars(may_grow)}
@@ -436,7 +438,7 @@ def soak(
     tally, outages = Tally(), Outages()
     run(engines, plan, range(plan.warm_up), tally, outages, tell)
     settled(engines)
-    first = footprints([engines.prefill, engines.decode])
+    first = footprints([engines.prefill, engines.decode, engines.front])
     run(engines, plan, range(plan.warm_up, plan.warm_up + plan.requests), tally, outages, tell)
     return judge(engines, tally, outages, first, may_grow)
 

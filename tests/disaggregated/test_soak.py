@@ -11,6 +11,6 @@ def test_sixty_requests_of_every_kind(pair: Pair):
     may_grow = Footprint(memory_mib=300, descriptors=30, threads=10)
     plan = Plan(requests=40, warm_up=20, seed=2, at_once=4, longest_prompt=400)
     verdict = soak(engines, plan, tell=print, may_grow=may_grow)
-    assert verdict.good, verdict
+    assert verdict.good, str(verdict)
     assert verdict.kinds.keys() == {kind.__name__ for kind in KINDS}
     assert sum(verdict.outcomes.values()) == 60

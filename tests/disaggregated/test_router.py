@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the router says to engines when a client leaves, whenever that is; the engines here only note it."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from disaggregated.fleet import wait_until
+from servers import HOST, Server, router, running
+
+PARAMS = {"remote_request_id": "held"}
+PATIENCE_S = 10.0
+
+
+@dataclass
+class Notes:
+    """What a stand-in for an engine was asked, and how far it answers before it waits."""
+
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    chunks: tuple[bytes, ...] = ()
+    """Sent before it waits."""
+    waits: threading.Event = field(default_factory=threading.Event)
+    """Set once it does."""
+    goes_on: threading.Event = field(default_factory=threading.Event)
+
+
+class Engine(ThreadingHTTPServer):
+    """Answers completions with `PARAMS`, after `notes.goes_on`; refuses a model of another name at once."""
+
+    daemon_threads = True
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__((HOST, 0), Handler)
+        self.notes = notes
+        self.port: int = self.server_address[1]
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """The router hangs up on engines here; that is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Engine
+
+    def do_GET(self) -> None:
+        self._reply(200, b"{}")
+
+    def do_POST(self) -> None:
+        notes = self.server.notes
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        notes.asked.append(asked)
+        if asked["model"] != "m":
+            self._reply(404, b"{}")
+            return
+        if notes.chunks:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for chunk in notes.chunks:
+                self.wfile.write(chunk)
+                self.wfile.flush()
+        notes.waits.set()
+        notes.goes_on.wait(PATIENCE_S)
+        if not notes.chunks:
+            self._reply(200, json.dumps({"kv_transfer_params": PARAMS}).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to stderr."""
+
+    def _reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@dataclass
+class Engines:
+    prefill: Notes
+    decode: Notes
+    front: Server
+
+
+@pytest.fixture(scope="module")
+def stand_ins(log_dir) -> Iterator[tuple[Engine, Engine, Server]]:
+    with Engine(Notes()) as prefill, Engine(Notes()) as decode:
+        # The router asks of an engine its port alone.
+        servers = [Server(name, [], engine.port, log_dir) for name, engine in (("p", prefill), ("d", decode))]
+        try:
+            front = router(servers[:1], servers[1:], log_dir)
+            with running([front]):
+                yield prefill, decode, front
+        finally:
+            prefill.shutdown()
+            decode.shutdown()
+
+
+@pytest.fixture
+def engines(stand_ins: tuple[Engine, Engine, Server]) -> Iterator[Engines]:
+    prefill, decode, front = stand_ins
+    prefill.notes, decode.notes = Notes(), Notes()
+    yield Engines(prefill.notes, decode.notes, front)
+    prefill.notes.goes_on.set()
+    decode.notes.goes_on.set()
+
+
+def ask(front: Server, **more: Any) -> socket.socket:
+    """Ask the router; the answer is to be read from the socket."""
+    line = socket.create_connection((HOST, front.port), timeout=PATIENCE_S)
+    body = json.dumps({"model": "m", "prompt": "1 2", "max_tokens": 8} | more).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
+    line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    return line
+
+
+def given_up(notes: Notes) -> bool:
+    """Whether what was asked last must be refused, so that the blocks are freed."""
+    last = notes.asked[-1] if notes.asked else {"model": "m"}
+    return last["model"] != "m" and last["kv_transfer_params"] == PARAMS
+
+
+def wait_until_given_up(notes: Notes) -> None:
+    wait_until(lambda: given_up(notes), lambda: f"asked of decode: {notes.asked}", PATIENCE_S)
+
+
+def test_while_prefill_computes(engines: Engines):
+    engines.decode.goes_on.set()
+    with closing(ask(engines.front)):
+        assert engines.prefill.waits.wait(PATIENCE_S)
+    engines.prefill.goes_on.set()
+    wait_until_given_up(engines.decode)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_decode_has_begun_to_answer(engines: Engines, stream: bool):
+    engines.prefill.goes_on.set()
+    with closing(ask(engines.front, stream=stream)):
+        assert engines.decode.waits.wait(PATIENCE_S)
+    wait_until_given_up(engines.decode)
+    assert len(engines.decode.asked) == 2
+
+
+def test_in_the_middle_of_an_answer(engines: Engines):
+    engines.prefill.goes_on.set()
+    engines.decode.chunks = (b"data: one\n\n",)
+    with closing(ask(engines.front, stream=True)) as line:
+        assert engines.decode.waits.wait(PATIENCE_S)
+        text = b""
+        while b"data: one" not in text:
+            text += line.recv(4096)
+    wait_until_given_up(engines.decode)
+
+
+def test_a_client_that_stays_gives_nothing_up(engines: Engines):
+    engines.prefill.goes_on.set()
+    engines.decode.goes_on.set()
+    with closing(ask(engines.front, n=3)) as line:
+        assert line.recv(4096).startswith(b"HTTP/1.1 200")
+    assert [asked["model"] for asked in engines.decode.asked] == ["m"]
+    assert [asked.get("n") for asked in (*engines.prefill.asked, *engines.decode.asked)] == [None, 3]
+
+
+def test_several_prompts_go_to_decode_alone(engines: Engines):
+    engines.decode.goes_on.set()
+    with closing(ask(engines.front, prompt=["1 2", "3 4"])) as line:
+        assert line.recv(4096).startswith(b"HTTP/1.1 200")
+    assert (len(engines.prefill.asked), len(engines.decode.asked)) == (0, 1)
+    assert "kv_transfer_params" not in engines.decode.asked[0]
