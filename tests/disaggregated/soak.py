@@ -81,6 +81,10 @@ class Engines:
 class Wrong(Exception):
     """An answer that is not the right one."""
 
+    def __init__(self, question: Question, text: str) -> None:
+        super().__init__(f"{text!r} is not {question.answer!r}; the prompt: {question.prompt}")
+        self.question = question
+
 
 @dataclass
 class Tally:
@@ -143,7 +147,7 @@ def _ask(engines: Engines, question: Question, **more: Any) -> dict[str, Any]:
 
 def _check(question: Question, text: str) -> str:
     if not question.accepts(text):
-        raise Wrong(f"{text!r} is not {question.answer!r}; the prompt: {question.prompt}")
+        raise Wrong(question, text)
     return "right"
 
 
@@ -302,6 +306,12 @@ def run(
         try:
             tally.add(kind.__name__, kind(engines, question, rng))
         except Wrong as error:
+            # The model itself errs now and then; then an engine that has computed all is wrong, too.
+            alone = engines.prefill.post("/v1/completions", body(error.question), timeout_s=300)
+            if not error.question.accepts(alone["choices"][0]["text"]):
+                tally.add(kind.__name__, "wrong without a transfer, too")
+                return
+            tell(f"WRONG: request {number}: {error}")
             tally.add(kind.__name__, "wrong", f"request {number}: {error}")
         except (ServerFailed, httpx.HTTPError) as error:
             if outages.met(began_s, time.monotonic()):
