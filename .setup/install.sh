@@ -57,7 +57,7 @@ python_packages() {
   # shellcheck disable=SC2046
   "${pip[@]}" $(pins dependencies torch)
   # shellcheck disable=SC2046
-  "${pip[@]}" $(pins dependencies torch_npu msgspec pyzmq) $(pins build-system) $(pins extra host build dev)
+  "${pip[@]}" $(pins dependencies torch_npu msgspec pyzmq) $(pins build-system) $(pins extra host ngram build dev)
   say "vLLM, from its source package, without CUDA kernels (a few minutes)"
   # The plugin brings the kernels. Without the version override pip refuses the build that it asked for.
   # shellcheck disable=SC2046

@@ -9,6 +9,7 @@ touched. And an option that this release cannot honour ends the engine by its na
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING, ClassVar
 
@@ -171,6 +172,10 @@ class NPUPlatform(Platform):
         return True
 
     @classmethod
+    def check_runner_kv_caches_multi_layer(cls) -> None:
+        """Layers of a model and of its drafter may have the same index: nothing here counts caches by it."""
+
+    @classmethod
     def import_kernels(cls) -> None:
         """Nothing to import: torch_npu's operators come with torch."""
 
@@ -330,7 +335,9 @@ def _speculative_wishes(vllm_config: VllmConfig) -> dict[str, bool]:
     if speculative is None:
         return {}
     sampling = speculative.rejection_sample_method
+    lacks_numba = speculative.method == "ngram" and importlib.util.find_spec("numba") is None
     return {
+        "speculative_config with method=ngram without numba (pip install 'vllm-ascend[ngram]')": lacks_numba,
         f"speculative_config with method={speculative.method}": speculative.method not in DRAFTERS,
         "speculative_config with parallel_drafting": bool(speculative.parallel_drafting),
         f"speculative_config with rejection_sample_method={sampling}": sampling != "standard",

@@ -283,8 +283,8 @@ class Engine:
         return tensor.view(len(tensor), -1, self.page_size, heads, self.model.head_size)
 
     def row(self, rank: int, layer: int) -> torch.Tensor:
-        """The layer's memory, with what pads its pages, as bytes [block, byte]. Token-major only."""
-        return self._rows[rank][layer]
+        """The layer's memory and what pads it, as bytes [block, byte]; head-major as `layer` has it."""
+        return self.layer(rank, layer) if self._head_major else self._rows[rank][layer]
 
     def state(self, rank: int, layer: int) -> torch.Tensor:
         """A layer's states, its own memory, as bytes [block, byte]."""

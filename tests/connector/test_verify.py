@@ -16,7 +16,7 @@ from connector.engines import BLOCK_SIZE, Engine, admit, engine_config, model_fo
 from connector.faults import FaultyConnector, FaultyTransport, Read
 
 from vllm_ascend.kv_transfer.handshake import Channel, Listener
-from vllm_ascend.kv_transfer.messages import Answer, AskSums, Question
+from vllm_ascend.kv_transfer.messages import Answer, AskSums, Question, prompt_digest
 from vllm_ascend.kv_transfer.transport import Copies, Session
 
 HEADS = 4
@@ -180,6 +180,8 @@ def test_a_prompt_of_another_length_is_not_taken_for_verified(engines, caplog_vl
     prefill, decode, _ = engines
     params = prefilled(prefill, "p", PROMPT, REMOTE)
     prefill.step()
+    # A router that says of the shorter prompt what prefill said of the longer one.
+    params["remote_prompt_digest"] = prompt_digest(list(range(PROMPT - 3)))
     admit(decode, "d", PROMPT - 3, LOCAL, params)
     output = decode.step_until(lambda output: bool(output.finished_recving))
     assert output.failed_recving == {"d"}

@@ -65,7 +65,9 @@ def _classifies(config: str, sizes: dict[str, Any], shows: str, **more: Any) -> 
 
 
 POOLING_FAMILIES = {
-    "BertModel": _embeds("BertConfig", _ENCODER, "the first token's state, heads of 24 elements", "CLS"),
+    "BertModel": _embeds(
+        "BertConfig", _ENCODER, "the first token's state, heads of 24 elements", "CLS", spread=("TP 2",)
+    ),
     "XLMRobertaModel": _embeds(
         "XLMRobertaConfig",
         _ENCODER | {"pad_token_id": 1, "position_embedding_type": "absolute"},
@@ -77,7 +79,6 @@ POOLING_FAMILIES = {
         _WINDOWED,
         "windows to both sides beside full attention, rotary",
         "MEAN",
-        spread=("TP 2",),
     ),
     "Gemma3TextModel": _embeds(
         "Gemma3TextConfig",
