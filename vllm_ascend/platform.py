@@ -41,8 +41,8 @@ _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
 
 _PUNICA = "vllm_ascend.ops.lora.NPUPunicaWrapper"
 
-DRAFTERS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
-"""Ways of vLLM to draft tokens whose kernels have torch versions here."""
+DRAFTERS = ("ngram", "draft_model")
+"""Ways of vLLM to draft tokens that were seen to work here, with drafts kept and drafts rejected."""
 
 
 class NPUPlatform(Platform):

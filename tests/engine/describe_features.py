@@ -79,13 +79,13 @@ FEATURES = (
         f"{_FEATURES}::test_drafts_from_the_prompt_change_no_token",
     ),
     Feature(
-        "Speculative decoding: draft model, EAGLE, MTP",
+        "Speculative decoding: draft model",
         "transformers; the same tokens, with drafts kept and drafts rejected",
-        f"{_FEATURES}::test_drafters_change_no_token",
+        f"{_FEATURES}::test_a_drafter_changes_no_token",
     ),
     Feature(
-        "Speculative decoding: Medusa, suffix, DFlash and others; parallel drafting; other ways to reject; "
-        "with a KV connector",
+        "Speculative decoding: EAGLE, MTP, Medusa, suffix and others; parallel drafting; other ways to "
+        "reject; with a KV connector",
         "refused by name at the start",
         f"{_REFUSALS}::test_options_are_refused_by_name",
     ),

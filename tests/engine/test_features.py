@@ -18,12 +18,7 @@ import transformers
 from engine.adapters import save_adapter, save_merged
 from engine.ask import Inquiry, Question, Reply, Report
 from engine.describe_features import DOCUMENT, FEATURES, with_table
-from engine.drafters import (
-    save_eagle_head,
-    save_noisy_copy,
-    save_quiet_copy,
-    save_with_next_token_layer,
-)
+from engine.drafters import save_noisy_copy
 from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, started
 from engine.models import QUESTIONS, RECALL_FOLDER, random_prompts
 
@@ -38,7 +33,6 @@ PENALTIES: dict[str, dict[str, float]] = {
     "presence": {"presence_penalty": 1.5},
     "frequency": {"frequency_penalty": 1.5},
 }
-WAYS = ("draft model", "EAGLE", "MTP")
 
 
 @dataclass(frozen=True)
@@ -46,9 +40,8 @@ class Folders:
     llama: Path
     adapters: list[Path]
     merged: list[Path]
-    drafted: dict[str, Path]
-    """By way to draft: the model that is drafted for."""
-    drafters: dict[str, Path]
+    drafter: Path
+    """A model that drafts for `llama`."""
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +53,7 @@ def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         save_adapter(llama, adapter, seed)
         save_merged(llama, adapter, model)
     save_noisy_copy(llama, folder / "noisy")
-    save_quiet_copy(llama, folder / "quiet")
-    save_eagle_head(folder / "quiet", folder / "eagle")
-    save_with_next_token_layer(folder / "mtp")
-    return Folders(
-        llama,
-        adapters,
-        merged,
-        drafted={"draft model": llama, "EAGLE": folder / "quiet", "MTP": folder / "mtp"},
-        drafters={"draft model": folder / "noisy", "EAGLE": folder / "eagle", "MTP": folder / "mtp"},
-    )
+    return Folders(llama, adapters, merged, folder / "noisy")
 
 
 def of_random_model() -> dict[str, Question]:
@@ -94,7 +78,7 @@ CHOICES = ["0", "4", "7", "9"]
 IN_WORDS: dict[str, Question] = {
     "choice": Question(QUESTIONS[2].prompt, {"temperature": 0, "choice": CHOICES, "max_tokens": 1}),
     "unconstrained beside it": Question(QUESTIONS[2].prompt, {"temperature": 0, "max_tokens": 8}),
-    "regex": Question(QUESTIONS[3].prompt, {"temperature": 0, "regex": "(7:|8:)(5,|6,)", "max_tokens": 2}),
+    "regex": Question(QUESTIONS[3].prompt, {"temperature": 0, "regex": "(7:|8:)(5|6)", "max_tokens": 2}),
     "stop string": Question(
         QUESTIONS[2].prompt,
         {"temperature": 0, "max_tokens": 12, "stop": [QUESTIONS[2].answer.split()[4]]},
@@ -102,17 +86,11 @@ IN_WORDS: dict[str, Question] = {
 }
 
 
-def drafted(folders: Folders, way: str) -> Inquiry:
-    speculative: dict[str, Any] = {
-        "draft model": {"method": "draft_model", "num_speculative_tokens": 3},
-        "EAGLE": {"method": "eagle", "num_speculative_tokens": 3},
-        "MTP": {"method": "mtp", "num_speculative_tokens": 2},
-    }[way]
-    if folders.drafters[way] != folders.drafted[way]:
-        speculative["model"] = str(folders.drafters[way])
+def with_a_drafter(folders: Folders) -> Inquiry:
+    speculative = {"method": "draft_model", "num_speculative_tokens": 3, "model": str(folders.drafter)}
     options = usual(speculative_config=speculative, skip_tokenizer_init=True)
     asked = [Question(LONG, GREEDY), Question(SHORT, GREEDY | {"temperature": 1.0, "top_k": 1})]
-    return Inquiry(str(folders.drafted[way]), options, [asked])
+    return Inquiry(str(folders.llama), options, [asked])
 
 
 def usual(**options: Any) -> dict[str, Any]:
@@ -150,7 +128,7 @@ def inquiries(folders: Folders) -> list[Inquiry]:
             ),
             [[Question(q.prompt, GREEDY | {"max_tokens": 32}) for q in QUESTIONS[:4]]],
         ),
-        *(drafted(folders, way) for way in WAYS),
+        with_a_drafter(folders),
     ]
 
 
@@ -284,12 +262,14 @@ def test_a_choice_is_the_likeliest_of_those_allowed(
     allowed = [tokenizer.convert_tokens_to_ids(choice) for choice in CHOICES]
     after = recall(tokenizer(QUESTIONS[2].prompt).input_ids)[-1]
     best = max(range(len(CHOICES)), key=lambda i: after[allowed[i]])
-    assert replies["choice"].completions[0].text == CHOICES[best]
+    assert replies["choice"].completions[0].text.strip() == CHOICES[best]
     assert QUESTIONS[2].answer.startswith(replies["unconstrained beside it"].completions[0].text)
 
 
 def test_a_regular_expression_is_kept_to(replies: dict[str, Reply]) -> None:
-    assert replies["regex"].completions[0].text in ("7: 5,", "7: 6,", "8: 5,", "8: 6,")
+    key, value = replies["regex"].completions[0].text.split()
+    assert key in ("7:", "8:")
+    assert value in ("5", "6")
 
 
 def test_stop_strings(replies: dict[str, Reply]) -> None:
@@ -308,10 +288,9 @@ def test_drafts_from_the_prompt_change_no_token(
     assert 0 < reports[2].accepted < reports[2].drafted
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_drafters_change_no_token(way: str, reports: list[Report], folders: Folders) -> None:
-    report = reports[3 + WAYS.index(way)]
-    logits = logits_of(folders.drafted[way])
+def test_a_drafter_changes_no_token(reports: list[Report], folders: Folders) -> None:
+    report = reports[3]
+    logits = logits_of(folders.llama)
     for prompt, reply in zip((LONG, SHORT), report.batches[0], strict=True):
         assert_greedy(reply.completions[0].tokens, logits, prompt)
     assert 0 < report.accepted < report.drafted
