@@ -197,8 +197,8 @@ def leaves_at_some_time(engines: Engines, question: Question, rng: random.Random
 
 def leaves_in_the_answer(engines: Engines, question: Question, rng: random.Random) -> str:
     with _stream(engines, question, max_tokens=64) as texts:
-        for _ in range(rng.randint(1, 6)):
-            next(texts)
+        for _ in zip(range(rng.randint(1, 6)), texts, strict=False):
+            pass
     return "left"
 
 
