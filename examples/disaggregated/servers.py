@@ -38,7 +38,7 @@ class Server:
     port: int
     log_path: Path
     environment: dict[str, str] = field(default_factory=dict)
-    ready_timeout_s: float = 300
+    ready_timeout_s: float = 600
     _process: subprocess.Popen[bytes] | None = None
 
     @property

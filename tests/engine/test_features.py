@@ -263,7 +263,7 @@ def test_a_choice_is_the_likeliest_of_those_allowed(
     after = recall(tokenizer(QUESTIONS[2].prompt).input_ids)[-1]
     best = max(range(len(CHOICES)), key=lambda i: after[allowed[i]])
     assert replies["choice"].completions[0].text.strip() == CHOICES[best]
-    assert QUESTIONS[2].answer.startswith(replies["unconstrained beside it"].completions[0].text)
+    assert QUESTIONS[2].answer.startswith(replies["unconstrained beside it"].completions[0].text.strip())
 
 
 def test_a_regular_expression_is_kept_to(replies: dict[str, Reply]) -> None:

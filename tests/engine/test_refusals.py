@@ -54,11 +54,6 @@ def _environment_of_vllm() -> Any:
             id="a drafter that is compiled",
         ),
         pytest.param(
-            {"speculative_config": {"method": "suffix", "num_speculative_tokens": 2}},
-            "not there yet on NPUs: speculative_config with method=suffix",
-            id="a drafter that nobody has seen here",
-        ),
-        pytest.param(
             {"speculative_config": NGRAM | {"rejection_sample_method": "block"}},
             "not there yet on NPUs: speculative_config with rejection_sample_method=block",
             id="another way to reject drafts",
