@@ -32,7 +32,7 @@ from plot import Chart
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "disaggregated"))
 
-from servers import Server, engine, router, wait_all
+from servers import Server, engine, router, running
 
 ROOT = Path(__file__).parents[2]
 NAME = "served"
@@ -176,14 +176,8 @@ def main() -> None:
         decodes = [serve(f"decode {number}", number, "kv_consumer") for number in (3, 4)]
         front = router(prefills, decodes, folder)
         servers = [one, *prefills, *decodes, front]
-        try:
-            for server in servers:
-                server.start()
-            wait_all(servers, tell=lambda _: None)
+        with running(servers):
             results = measure(one, front, decodes, arguments.model, arguments.rounds, folder)
-        finally:
-            for server in servers:
-                server.stop()
     for result in results:
         print(json.dumps(result), flush=True)
     Chart(

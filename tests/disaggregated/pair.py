@@ -23,7 +23,7 @@ from disaggregated.fleet import (
     wait_until,
 )
 from recall import Question, make_question
-from servers import Server, engine, router, wait_all
+from servers import Server, engine, router, running
 
 SECRET = "3c0f1d7e5a944b6cbd2b7d6c0d1a2f53"
 BLOCK_SIZE = 16
@@ -110,11 +110,5 @@ def running_pair(log_dir: Path) -> Iterator[Pair]:
     decode = serve("decode", 1, "recompute", 64, DECODE_MAX_TOKENS, *limits)
     pair = Pair(prefill, decode, router([prefill], [decode], log_dir))
     servers = [pair.prefill, pair.decode, pair.front]
-    try:
-        for server in servers:
-            server.start()
-        wait_all(servers, tell=lambda _: None)
+    with running(servers):
         yield pair
-    finally:
-        for server in servers:
-            server.stop()

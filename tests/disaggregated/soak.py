@@ -51,7 +51,7 @@ from disaggregated.fleet import (
     same_table_other_order,
 )
 from recall import Question, make_question
-from servers import Server, ServerFailed, engine, router, wait_all
+from servers import Server, ServerFailed, engine, router, running
 
 from vllm_ascend.kv_transfer.metrics import FAILURES
 
@@ -497,15 +497,9 @@ def main() -> None:
     decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer", decode_block)
     engines = Engines(prefill, decode, router([prefill], [decode], log_dir))
     servers = [prefill, decode, engines.front]
-    try:
-        for server in servers:
-            server.start()
-        wait_all(servers, tell)
+    with running(servers, tell):
         plan = Plan(options.requests, options.warm_up, seed, options.at_once, options.kills)
         verdict = soak(engines, plan, tell)
-    finally:
-        for server in servers:
-            server.stop()
     print(json.dumps({"good": verdict.good, "seed": seed, **asdict(verdict)}), flush=True)
     sys.exit(0 if verdict.good else 1)
 

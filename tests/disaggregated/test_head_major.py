@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from disaggregated.fleet import MODEL, connector, engine_options, hand_over, text_of
 from recall import make_question
-from servers import Server, engine, wait_all
+from servers import Server, engine, running
 
 BLOCK_SIZE = 64
 
@@ -29,14 +29,8 @@ def engines(log_dir: Path) -> Iterator[dict[int, Server]]:
         )
         for tp_size, devices in ((1, [0]), (2, [1, 2]))
     }
-    try:
-        for server in servers.values():
-            server.start()
-        wait_all(list(servers.values()), tell=lambda _: None)
+    with running(list(servers.values())):
         yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
 
 
 @pytest.mark.parametrize(
