@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.ask import Inquiry, Report, report_of
 from engine.generate import Answer, Job
+from engine.pool import PoolJob
 
 MAX_BATCHED_TOKENS = 96
 """Less than the longer prompts have, so that those are computed in chunks."""
@@ -59,13 +60,14 @@ class Running:
 
     def answers(self) -> list[list[list[Answer]]]:
         """Of each job, in the order in which they were given; waits until all are there."""
-        return [[[Answer(**answer) for answer in batch] for batch in batches] for batches in self._results()]
+        return [[[Answer(**answer) for answer in batch] for batch in batches] for batches in self.results()]
 
     def reports(self) -> list[Report]:
         """As `answers`, of inquiries."""
-        return [report_of(result) for result in self._results()]
+        return [report_of(result) for result in self.results()]
 
-    def _results(self) -> list[Any]:
+    def results(self) -> list[Any]:
+        """What the processes wrote for each job, in the order in which they were given; waits likewise."""
         self._wait()
         results: list[Any] = [None] * self._num_jobs
         for group in self._groups:
@@ -94,7 +96,7 @@ class Running:
 
 @contextmanager
 def started(
-    jobs: Sequence[Job] | Sequence[Inquiry], folder: Path, launcher: Sequence[str] = ()
+    jobs: Sequence[Job] | Sequence[Inquiry] | Sequence[PoolJob], folder: Path, launcher: Sequence[str] = ()
 ) -> Iterator[Running]:
     """The jobs run side by side: those of each tensor-parallel size in processes of their own.
 
@@ -121,7 +123,7 @@ def run(jobs: Sequence[Job], folder: Path, launcher: Sequence[str] = ()) -> list
 def _start(
     size: int,
     indices: list[int],
-    jobs: Sequence[Job | Inquiry],
+    jobs: Sequence[Job | Inquiry | PoolJob],
     folder: Path,
     launcher: Sequence[str],
     stack: ExitStack,

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every architecture of `pooling`, in float32, gives transformers' embeddings and scores.
 
-One process starts all engines in turn. Each gets prompts of all lengths at once and computes them in several
-steps of several prompts; those without causality keep no KV cache, and a prompt of theirs comes whole.
+The engines of a size start in turn in one process for each rank. Each gets prompts of all lengths at once and
+computes them in several steps of several prompts; those without causality keep no KV cache, and a prompt of
+theirs comes whole.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine.families import SPREADS
-from engine.launch import MAX_BATCHED_TOKENS, ON_EMULATOR_WITH_FLOAT32
+from engine.launch import MAX_BATCHED_TOKENS, ON_EMULATOR_WITH_FLOAT32, started
 from engine.pool import PoolJob
 from engine.pooling import (
     COSINE_DISTANCE_TOLERANCE,
@@ -54,19 +51,9 @@ def references(folders: dict[str, Path]) -> References:
 def answers(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], list[torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("engines")
-    jobs, results = folder / "jobs.json", folder / "results.json"
-    jobs.write_text(json.dumps([asdict(job_of(name, setup, folders[name])) for name, setup in SETUPS]))
-    done = subprocess.run(
-        [sys.executable, *ON_EMULATOR_WITH_FLOAT32, Path(__file__).with_name("pool.py"), jobs, results],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300 + 120 * len(SETUPS),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    given = [[torch.tensor(answer) for answer in each] for each in json.loads(results.read_text())]
+    jobs = [job_of(name, setup, folders[name]) for name, setup in SETUPS]
+    with started(jobs, tmp_path_factory.mktemp("engines"), ON_EMULATOR_WITH_FLOAT32) as running:
+        given = [[torch.tensor(answer) for answer in each] for each in running.results()]
     return dict(zip(SETUPS, given, strict=True))
 
 
