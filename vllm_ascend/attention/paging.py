@@ -50,6 +50,8 @@ class Paging:
 
         int32 [tokens * num_sequences]: first all heads of the first token. Negative slots stay negative.
         """
+        if self.block_step == self.num_sequences == 1:
+            return slots.to(torch.int32)  # vLLM's are the operators', and latents ask in every layer
         blocks = torch.div(slots, self.block_size, rounding_mode="floor")
         first = slots + blocks * ((self.block_step - 1) * self.block_size)
         return (first[:, None] + self._steps(first) * self.block_size).flatten().to(torch.int32)
