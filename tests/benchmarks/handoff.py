@@ -44,17 +44,16 @@ TOTAL_BYTES = TOKENS * LAYERS * HEADS * HEAD_SIZE * 2 * 2
 PAIRS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (1, 2))
 BLOCK_SIZES = (128, 16)
 PLAIN_RANGE_BYTES = 4 << 20
-GOALS = {"token-major, TP 1 to 1, blocks of 128": 1.25}
 
 MODEL = Model(HEADS, group_of_layer=(0,) * LAYERS, head_size=HEAD_SIZE)
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a decode engine takes KV."""
+    """How both engines lay out KV, and how the decode engine takes it."""
 
     layout: str
-    regroup: str
+    regroup: str = "operators"
 
     @property
     def name(self) -> str:
@@ -79,9 +78,9 @@ class Pair:
 
     @property
     def ways(self) -> list[Way]:
-        """Staging memory is for heads of several sources."""
-        regroups = ["operators", "staged"] if self.prefill_tp > self.decode_tp else ["operators"]
-        return [Way("token-major", regroup) for regroup in regroups]
+        """Staging memory is for heads of several sources, whose rows a token-major page mixes."""
+        staged = [Way("token-major", "staged")] if self.prefill_tp > self.decode_tp else []
+        return [Way("token-major"), *staged, Way("head-major")]
 
 
 class PlainReader:
@@ -164,37 +163,47 @@ class Handoffs:
 
     def check(self) -> None:
         """The bytes of the last handoff are the prefill engine's."""
-        there, here = (
-            torch.cat([engine.pages(rank)[:, blocks].cpu() for rank in range(engine.tp_size)], dim=-2)
-            for engine, blocks in ((self._prefill, self._remote), (self._decode, self._local))
-        )
-        assert torch.equal(there, here)
+        for layer in range(LAYERS):
+            there, here = (
+                torch.cat([engine.layer(rank, layer)[blocks].cpu() for rank in range(engine.tp_size)], dim=-2)
+                for engine, blocks in ((self._prefill, self._remote), (self._decode, self._local))
+            )
+            assert torch.equal(there, here), f"layer {layer}"
 
 
 @contextmanager
-def engines(pair: Pair, folder: Path) -> Iterator[tuple[Engine, list[Engine]]]:
-    """A prefill engine, and a decode engine for each way."""
+def engines(pair: Pair, folder: Path) -> Iterator[list[tuple[Engine, Engine]]]:
+    """For each way a prefill and a decode engine; ways of one layout share the former."""
     model = model_folder(folder, HEADS, num_hidden_layers=LAYERS, head_dim=HEAD_SIZE)
 
-    def start(tp_size: int, role: str, **extra: Any) -> Engine:
+    def start(tp_size: int, role: str, layout: str, **extra: Any) -> Engine:
         config = engine_config(
-            model, tp_size, role, {"peer_timeout_s": 60, **extra}, block_size=pair.block_size
+            model,
+            tp_size,
+            role,
+            {"peer_timeout_s": 60, **extra},
+            block_size=pair.block_size,
+            head_major=layout == "head-major",
+            engine_id=f"{role} {layout} {extra.get('regroup')}",
         )
         return Engine(config, MODEL, num_blocks=2 * pair.num_blocks)
 
-    prefill = start(pair.prefill_tp, "kv_producer", lease_s=600)
-    decodes = [start(pair.decode_tp, "kv_consumer", regroup=way.regroup) for way in pair.ways]
-    with running(prefill, *decodes):
-        for rank in range(pair.prefill_tp):
-            prefill.pages(rank).random_()
-        yield prefill, decodes
+    layouts = dict.fromkeys(way.layout for way in pair.ways)
+    prefills = {layout: start(pair.prefill_tp, "kv_producer", layout, lease_s=600) for layout in layouts}
+    decodes = [start(pair.decode_tp, "kv_consumer", way.layout, regroup=way.regroup) for way in pair.ways]
+    with running(*prefills.values(), *decodes):
+        for prefill in prefills.values():
+            for rank, layer in itertools.product(range(pair.prefill_tp), range(LAYERS)):
+                bits = prefill.layer(rank, layer)
+                bits.copy_(torch.randint(-(1 << 15), 1 << 15, bits.shape, dtype=bits.dtype))
+        yield [(prefills[way.layout], decode) for way, decode in zip(pair.ways, decodes, strict=True)]
 
 
 def measure(pair: Pair, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
     """A result for each way."""
-    with engines(pair, folder) as (prefill, decodes):
-        plain = PlainReader(pair, prefill)
-        handoffs = [Handoffs(pair, prefill, decode) for decode in decodes]
+    with engines(pair, folder) as sides:
+        plain = PlainReader(pair, sides[0][0])
+        handoffs = [Handoffs(pair, prefill, decode) for prefill, decode in sides]
         for handoff in handoffs:
             handoff()
             handoff.check()
