@@ -22,8 +22,9 @@ LOG_PROBABILITY_TOLERANCE = 1e-3
 SPREADS = {
     "TP 2": {"tensor_parallel_size": 2},
     "EP 2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "head-major pages": {"additional_config": {"kv_cache_layout": "head_major"}},
 }
-"""Options of vLLM for each way to use two NPUs."""
+"""Options of vLLM for each way to use two NPUs, or to lay out the cache."""
 
 _SMALL = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 _EXPERTS = _SMALL | {"intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -62,7 +63,7 @@ class Family:
     shows: str
     """For the table in docs/models.md."""
     spread: tuple[str, ...] = ()
-    """Ways over two NPUs that are compared too; keys of SPREADS."""
+    """What else it is compared on; keys of SPREADS."""
     times: int = 1
     """How often its prompts are asked; from the second time on their prefixes are cached."""
 
@@ -205,7 +206,7 @@ FAMILIES = {
             },
         ),
         "latent attention (MLA), its prefixes cached or not",
-        ("TP 2",),
+        ("TP 2", "head-major pages"),
         times=2,
     ),
     "DeepseekV3ForCausalLM": Family(
