@@ -7,7 +7,13 @@ one; `vllm.general_plugins` is called once in every process of an engine, before
 
 
 def register() -> str:
-    """The dotted name of the platform; vLLM imports it when it needs it."""
+    """The dotted name of the platform; vLLM imports it when it needs it.
+
+    vLLM asks before it imports transformers, the last moment at which torchvision can be helped.
+    """
+    from vllm_ascend.compat import declare_operators_that_torchvision_lacks
+
+    declare_operators_that_torchvision_lacks()
     return "vllm_ascend.platform.NPUPlatform"
 
 

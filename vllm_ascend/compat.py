@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
+from pathlib import Path
 
 import torch
 
@@ -49,3 +52,28 @@ def sleep_while_waiting_where_cores_are_few() -> None:
 
         spinning = SpinCondition.__init__
         SpinCondition.__init__ = partialmethod(spinning, busy_loop_s=0)  # type: ignore[method-assign, assignment]
+
+
+@functools.cache
+def declare_operators_that_torchvision_lacks() -> None:
+    """Make torchvision importable where its own library does not load, so that pictures can be prepared.
+
+    Why: a registry's torchvision is built for CUDA, and its library needs CUDA's. Beside torch's CPU build it
+    does not load. Then `import torchvision` ends at the first of two operators that it names, and with it
+    vLLM's and transformers' modules for pictures, which use none of its operators. One that is called is
+    still refused, by torch.
+    Until: torchvision names these two only where its library was loaded, as it does with all others.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    try:
+        torch.ops.load_library(Path(found.origin).with_name("_C.so"))
+    except OSError:
+        # The schemas of torchvision 0.28.
+        torch.library.define(
+            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+        torch.library.define(
+            "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )

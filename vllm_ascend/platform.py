@@ -137,6 +137,21 @@ class NPUPlatform(Platform):
         return prefill
 
     @classmethod
+    def get_vit_attn_backend(
+        cls, head_size: int, dtype: torch.dtype, backend: AttentionBackendEnum | None = None
+    ) -> AttentionBackendEnum:
+        """The name that towers of pictures give their attention; what it runs is vllm_ascend/ops/encoders.py.
+
+        Raises ConfigError if another was asked for.
+        """
+        supported: list[AttentionBackendEnum] = cls.get_supported_vit_attn_backends()
+        if backend is not None and backend not in supported:
+            raise ConfigError(
+                f"mm_encoder_attn_backend={backend.name} does not run on an NPU; leave it unset"
+            )
+        return supported[0]
+
+    @classmethod
     def get_device_communicator_cls(cls) -> str:
         return _COMMUNICATOR
 

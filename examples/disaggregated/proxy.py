@@ -3,12 +3,14 @@
 
 The prefill engine gets the request with `max_tokens` 1 and a request for remote decode; what it answers
 under `kv_transfer_params` says where the KV cache of the prompt is, and goes to the decode engine untouched.
-The decode engine pulls the KV cache itself: no KV byte passes through here. Engines are taken in turn.
+The decode engine pulls the KV cache itself: no KV byte passes through here. Engines are taken in turn. When a
+client leaves, both engines let go of its request. Several prompts in one request go to a decode engine alone.
 
     python proxy.py --prefill 127.0.0.1:8100 --decode 127.0.0.1:8200 127.0.0.1:8201 --port 8000
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import uuid
@@ -29,8 +31,8 @@ ASK_FOR_REMOTE_DECODE = {
     "remote_host": None,
     "remote_port": None,
 }
-# These say how much to generate, or how to send it; prefill generates one token and answers in one piece.
-NOT_FOR_PREFILL = ("min_tokens", "stream_options", "max_completion_tokens")
+# These say how much to generate, or how to send it; prefill generates one token of one answer, in one piece.
+NOT_FOR_ONE_TOKEN = ("min_tokens", "stream_options", "max_completion_tokens", "n", "best_of")
 
 
 def build_app(prefill: list[str], decode: list[str]) -> FastAPI:
@@ -74,31 +76,70 @@ async def _route(request: Request, prefill_in_turn: Iterator[str], decode_in_tur
     headers = {"X-Request-Id": request.headers.get("X-Request-Id", str(uuid.uuid4()))}
     if authorization := request.headers.get("Authorization"):
         headers["Authorization"] = authorization
-
-    prefill = f"http://{next(prefill_in_turn)}{request.url.path}"
+    left = asyncio.create_task(_client_leaves(request))
     try:
-        answer = await client.post(prefill, json=_prefill_body(body), headers=headers)
+        if not _has_several_prompts(body):
+            prefill = f"http://{next(prefill_in_turn)}{request.url.path}"
+            params = await _prefill(client, prefill, body, headers)
+            if isinstance(params, Response):
+                return params
+            # The prefill engine holds blocks until a decode engine has asked for them.
+            body = (_one_token_of(body) if left.done() else body) | {"kv_transfer_params": params}
+        decode = f"http://{next(decode_in_turn)}{request.url.path}"
+        asked = client.build_request("POST", decode, json=body, headers=headers)
+        return await _answer_of(client, asked, None if left.done() else left)
+    finally:
+        left.cancel()
+
+
+async def _prefill(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str]
+) -> dict[str, Any] | Response | None:
+    """The `kv_transfer_params` of the prefill engine's answer; its error, or ours, as a response."""
+    asked = _one_token_of(body) | {"kv_transfer_params": ASK_FOR_REMOTE_DECODE}
+    try:
+        answer = await client.post(url, json=asked, headers=headers)
     except httpx.TransportError as error:
-        return _unreachable(prefill, error)
+        return _unreachable(url, error)
     if answer.is_error:
         return Response(answer.content, answer.status_code, media_type="application/json")
+    params: dict[str, Any] | None = answer.json().get("kv_transfer_params")
+    return params
 
-    decode = f"http://{next(decode_in_turn)}{request.url.path}"
-    decode_body = body | {"kv_transfer_params": answer.json().get("kv_transfer_params")}
+
+async def _answer_of(
+    client: httpx.AsyncClient, asked: httpx.Request, left: asyncio.Task[None] | None
+) -> Response:
+    """The decode engine's answer; if `left` ends first, it is hung up on, and drops the request."""
+    sending = asyncio.create_task(client.send(asked, stream=True))
+    await asyncio.wait({sending} if left is None else {sending, left}, return_when=asyncio.FIRST_COMPLETED)
+    if not sending.done():
+        sending.cancel()
+        return Response(status_code=499)  # nobody reads it
     try:
-        answer = await client.send(
-            client.build_request("POST", decode, json=decode_body, headers=headers), stream=True
-        )
+        answer = sending.result()
     except httpx.TransportError as error:
-        return _unreachable(decode, error)
+        return _unreachable(str(asked.url), error)
     return StreamingResponse(
         _relay(answer), answer.status_code, media_type=answer.headers.get("Content-Type", "application/json")
     )
 
 
-def _prefill_body(body: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-    return kept | {"max_tokens": 1, "stream": False, "kv_transfer_params": ASK_FOR_REMOTE_DECODE}
+async def _client_leaves(request: Request) -> None:
+    """Return when the client hangs up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _has_several_prompts(body: dict[str, Any]) -> bool:
+    """Whether it is one for decode alone: prefill's answer says of one prompt only where its KV is."""
+    prompt = body.get("prompt")
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+
+
+def _one_token_of(body: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in body.items() if name not in NOT_FOR_ONE_TOKEN}
+    return kept | {"max_tokens": 1, "stream": False}
 
 
 async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:

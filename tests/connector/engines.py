@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -36,10 +37,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
@@ -125,22 +127,34 @@ def engine_config(
 
 
 def cache_config(
-    model: Model, tp_size: int, block_size: int = BLOCK_SIZE, layers: range = range(LAYERS)
+    model: Model,
+    tp_size: int,
+    block_size: int = BLOCK_SIZE,
+    layers: range = range(LAYERS),
+    tokens_per_state: int | None = None,
 ) -> KVCacheConfig:
     """What vLLM gives a rank that has `layers` of the model."""
     groups = []
     for group in range(len(model.windows)):
         own = model.layers_of(group, layers)
-        specs = {name_of(layer): spec_of(model, layer, tp_size, block_size) for layer in own}
+        size = tokens_per_state or block_size if group in model.state_groups else block_size
+        specs = {name_of(layer): spec_of(model, layer, tp_size, size) for layer in own}
         # A pipeline stage knows groups of which it has no layer.
-        first = spec_of(model, model.group_of_layer.index(group), tp_size, block_size)
+        first = spec_of(model, model.group_of_layer.index(group), tp_size, size)
         alike = all(spec == first for spec in specs.values())
         spec = first if alike else UniformTypeKVCacheSpecs(block_size=block_size, kv_cache_specs=specs)
         groups.append(KVCacheGroupSpec(list(specs), spec))
     return KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> AttentionSpec:
+def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> KVCacheSpec:
+    if model.keeps_state(layer):
+        return MambaSpec(
+            block_size=block_size,
+            shapes=state_shapes(model, tp_size),
+            dtypes=(torch.bfloat16, torch.float32),
+            tp_replicated=model.every_rank_has_states,
+        )
     shape = {
         "block_size": block_size,
         "num_kv_heads": model.heads_on_a_rank(tp_size, layer),
@@ -152,6 +166,22 @@ def spec_of(model: Model, layer: int, tp_size: int, block_size: int) -> Attentio
     if (window := model.windows[model.group_of(layer)]) is not None:
         return SlidingWindowSpec(**shape, sliding_window=window)
     return FullAttentionSpec(**shape)
+
+
+def state_shapes(model: Model, tp_size: int) -> tuple[tuple[int, ...], ...]:
+    """Of a layer's states on a rank: a convolution's of 24 channels, a recurrence's."""
+    ranks = 1 if model.every_rank_has_states else tp_size
+    return (3, 24 // ranks), (model.state_heads // ranks, 4, 4)
+
+
+def state_bytes(model: Model, tp_size: int) -> int:
+    convolution, recurrence = state_shapes(model, tp_size)
+    return 2 * math.prod(convolution) + 4 * math.prod(recurrence)
+
+
+def reader_of(layer: int) -> str:
+    """The name of the layer that reads the cache of `layer`."""
+    return f"model.layers.{100 + layer}.self_attn.attn"
 
 
 def name_of(layer: int) -> str:
@@ -171,10 +201,12 @@ class Engine:
         pages_per_block: int = 1,
         layers_per_stage: Sequence[int] | None = None,
         connector: type[MooncakeConnector] = MooncakeConnector,
+        tokens_per_state: int | None = None,
     ) -> None:
         """`model`: an integer is a plain model's number of KV heads.
 
         `pages_per_block`: into how many blocks of its own attention cuts a block of the scheduler.
+        `tokens_per_state`: after how many tokens vLLM keeps state in another block, if not those of a block.
         """
         self._connector_class = connector
         self.model = model if isinstance(model, Model) else Model(model)
@@ -188,11 +220,15 @@ class Engine:
         self._stages = [range(start, stop) for start, stop in itertools.pairwise(ends)]
         self.block_size = config.cache_config.block_size
         self.page_size = self.block_size // pages_per_block
-        caches = [cache_config(self.model, self.tp_size, self.block_size, layers) for layers in self._stages]
+        caches = [
+            cache_config(self.model, self.tp_size, self.block_size, layers, tokens_per_state)
+            for layers in self._stages
+        ]
         self._closing: list[MooncakeConnector] = []
         self.scheduler = self._connector(config, KVConnectorRole.SCHEDULER, caches[0])
         self.workers = []
         self._memory: list[torch.Tensor] = []
+        self._rows: list[dict[int, torch.Tensor]] = []
         self._tensors: list[dict[int, torch.Tensor]] = []
         for rank in range(self.num_ranks):
             worker = self._connector(
@@ -200,9 +236,10 @@ class Engine:
             )
             self._allocate(rank)
             with torch.npu.device(device(rank)):
-                worker.register_kv_caches(
-                    {name_of(layer): tensor for layer, tensor in self._tensors[rank].items()}
-                )
+                tensors = {name_of(layer): tensor for layer, tensor in self._tensors[rank].items()}
+                # vLLM hands these over with the others; `cache_config` lists them or not.
+                tensors |= {reader_of(i): tensors[name_of(i)] for i in self.model.read_by_another}
+                worker.register_kv_caches(tensors)
             self.workers.append(worker)
         self.scheduler.set_xfer_handshake_metadata_pp_aware(
             {
@@ -230,6 +267,14 @@ class Engine:
         tensor = self._tensors[rank][layer].view(torch.int16)
         heads = self.model.heads_on_a_rank(self.tp_size, layer)
         return tensor.view(len(tensor), -1, self.page_size, heads, HEAD_SIZE)
+
+    def row(self, rank: int, layer: int) -> torch.Tensor:
+        """The layer's memory, with what pads its pages, as bytes [block, byte]."""
+        return self._rows[rank][layer]
+
+    def state(self, rank: int, layer: int) -> torch.Tensor:
+        """A layer's states, its own memory, as bytes [block, byte]."""
+        return self._tensors[rank][layer][:, 0, 0, :]
 
     def layers_at(self, rank: int, layer: int) -> list[int]:
         """The layers that share the layer's memory, itself among them."""
@@ -308,6 +353,11 @@ class Engine:
             heads = model.heads_on_a_rank(self.tp_size, model.num_layers)
             (tensors[model.num_layers],) = self._zeros(rank, 1, heads)
         self._memory.append(memory)
+        rows = {i: tensor.view(torch.int8).view(NUM_BLOCKS, -1) for i, tensor in tensors.items()}
+        self._rows.append(rows)
+        for i in filter(model.keeps_state, layers):
+            states = rows[i][:, : state_bytes(model, self.tp_size)]
+            tensors[i] = states[:, None, None, :]
         # vLLM's view of latents has no axis for heads.
         self._tensors.append({i: t.squeeze(1) if model.latent else t for i, t in tensors.items()})
 
@@ -377,7 +427,7 @@ def prefilled(engine: Engine, request_id: str, num_tokens: int, blocks: Blocks) 
     """Finish a request on the prefill engine, its KV in `blocks`; the router's view of the answer."""
     done = request(request_id, num_tokens, {"do_remote_decode": True, "do_remote_prefill": False})
     engine.scheduler.on_new_request(done)
-    done.num_computed_tokens = num_tokens
+    done.num_computed_tokens = done.num_prompt_tokens
     done.status = RequestStatus.FINISHED_LENGTH_CAPPED
     held, params = engine.scheduler.request_finished_all_groups(done, _by_group(blocks))
     assert held

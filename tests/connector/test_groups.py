@@ -16,11 +16,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from connector.engines import Engine, admit, engine_config, finish, model_folder, prefilled, running
+from connector.engines import (
+    HEAD_SIZE,
+    Engine,
+    admit,
+    engine_config,
+    finish,
+    model_folder,
+    name_of,
+    prefilled,
+    reader_of,
+    running,
+)
 from connector.topologies import Model
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
+
+from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
 HEADS, WINDOW = 4, 40
 MODEL = Model(HEADS, windows=(None, WINDOW, WINDOW), group_of_layer=(0, 1, 2, 0, 1, 2))
+SHARED = Model(HEADS, read_by_another=(0, 2))
 PROMPT = 97
 UNTOUCHED = 0x5A5A
 
@@ -135,7 +153,8 @@ def test_blocks_of_no_use_are_released_and_the_prompt_computed_here(
     one_rank_each, caplog_vllm, remote, sentence
 ):
     prefill, decode = one_rank_each
-    params = prefilled(prefill, "p", PROMPT, remote)
+    params = prefilled(prefill, "p", PROMPT, REMOTE)
+    params["remote_block_ids"] = [list(blocks) for blocks in remote]
     _, num_external = admit(decode, "d", PROMPT, LOCAL, params)
     assert num_external == 0
     assert sentence in caplog_vllm.text
@@ -154,3 +173,44 @@ def test_engines_with_different_windows_name_them(tmp_path, caplog_vllm):
         output = decode.step_until(lambda output: bool(output.finished_recving))
         assert output.failed_recving == {"d"}
         assert "windows is (None, 40, 40) there and (None, 24, 24) here" in caplog_vllm.text
+
+
+class ListingConnector(MooncakeConnector):
+    """Is told of layers that read another one's cache as vLLM's model runner lists them, for itself."""
+
+    def __init__(self, config: VllmConfig, role: KVConnectorRole, caches: KVCacheConfig) -> None:
+        owners = [name for group in caches.kv_cache_groups for name in group.layer_names]
+        readers = {reader_of(layer): name_of(layer) for layer in SHARED.read_by_another}
+        if set(readers.values()) <= set(owners):
+            add_kv_sharing_layers_to_kv_cache_groups(readers, caches.kv_cache_groups)
+        super().__init__(config, role, caches)
+
+
+@pytest.mark.parametrize(
+    ("prefill_lists", "decode_lists"),
+    [
+        pytest.param(MooncakeConnector, MooncakeConnector, id="as vLLM tells connectors: not listed"),
+        pytest.param(ListingConnector, ListingConnector, id="listed"),
+        pytest.param(MooncakeConnector, ListingConnector, id="listed on one side"),
+    ],
+)
+@pytest.mark.parametrize("prefill_tp", [1, 2])
+def test_a_layer_that_reads_the_cache_of_another_has_nothing_to_move(
+    tmp_path, prefill_tp, prefill_lists, decode_lists
+):
+    model = model_folder(tmp_path, HEADS)
+    prefill = Engine(engine_config(model, prefill_tp, "kv_producer"), SHARED, connector=prefill_lists)
+    decode = Engine(engine_config(model, 1, "kv_consumer"), SHARED, connector=decode_lists)
+    with running(prefill, decode):
+        for rank in range(prefill_tp):
+            prefill.pages(rank).random_()
+        decode.pages(0).fill_(UNTOUCHED)
+        reference = torch.cat([prefill.pages(rank).cpu() for rank in range(prefill_tp)], dim=-2)
+        wanted, _ = admit(decode, "d", 33, [9, 4, 5], prefilled(prefill, "p", 33, [17, 3, 8]))
+        output = decode.step_until(lambda output: bool(output.finished_recving))
+        assert not output.failed_recving
+        expected = torch.full_like(reference, UNTOUCHED)
+        expected[:, [9, 4]] = reference[:, [17, 3]]
+        assert torch.equal(decode.pages(0).cpu(), expected)
+        # Three layers have a cache: 32 tokens of K and V.
+        assert finish(decode, wanted)["bytes"] == 3 * 32 * 2 * HEADS * HEAD_SIZE * 2

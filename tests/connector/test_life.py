@@ -21,7 +21,7 @@ from connector.engines import (
     running,
 )
 from connector.footprint import footprint, grown_since
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_ascend.kv_transfer.handshake import Channel
 from vllm_ascend.kv_transfer.messages import Done, DoneNoted, Release, Released
@@ -165,14 +165,73 @@ def test_what_was_read_after_the_lease_ended_is_a_failed_load(engines):
     assert finish(decode, wanted) is None
 
 
+def asked(decode: Engine, wanted: Request, cached: int = 0) -> int | None:
+    """What vLLM is told of a request that it wants to schedule."""
+    tokens: int | None = decode.scheduler.get_num_new_matched_tokens(wanted, cached)[0]
+    return tokens
+
+
 def test_an_answer_that_a_router_uses_twice_is_read_once(engines):
     prefill, decode = engines
     params = prefilled(prefill, "p", 20, [1, 2])
-    for request_id, failed in (("d1", set()), ("d2", {"d2"})):
-        admit(decode, request_id, 20, [1, 2], params)
-        output = decode.step_until(lambda output: bool(output.finished_recving))
-        assert (output.finished_recving, output.failed_recving) == ({request_id}, failed)
-        prefill.step()
+    admit(decode, "d1", 20, [1, 2], params)
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert (output.finished_recving, output.failed_recving) == ({"d1"}, set())
+    assert freed_of(prefill) == {"p"}
+    again, num_external = admit(decode, "d2", 20, [1, 2], params)
+    assert num_external == 0
+    assert finish(decode, again)["tokens"] == 0
+
+
+def test_of_requests_that_bring_one_answer_the_first_pulls_and_the_others_wait(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    others = [request(f"{index}_d", 20, params) for index in (1, 2)]
+    for other in others:
+        decode.scheduler.on_new_request(other)
+    admit(decode, "0_d", 20, [1, 2], params)
+    assert [asked(decode, other) for other in others] == [None, None]
+    # Not even the end of one of them gives away what is being read.
+    finish(decode, others[1])
+    output = decode.step_until(lambda output: bool(output.finished_recving))
+    assert (output.finished_recving, output.failed_recving) == ({"0_d"}, set())
+    assert asked(decode, others[0], cached=BLOCK_SIZE) == 0
+    assert freed_of(prefill) == {"p"}
+    finish(decode, others[0])
+
+
+def test_of_requests_that_bring_one_answer_the_last_gives_it_away(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted = [request(f"{index}_d", 20, params) for index in range(2)]
+    for one in wanted:
+        decode.scheduler.on_new_request(one)
+    finish(decode, wanted[0])
+    with pytest.raises(AssertionError, match="nothing of the kind"):
+        freed_of(prefill)
+    finish(decode, wanted[1])
+    assert freed_of(prefill) == {"p"}
+
+
+def test_another_prompt_does_not_get_the_kv(engines, caplog_vllm):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    another = request("d", 20, params)
+    another.prompt_token_ids[7] += 1
+    decode.scheduler.on_new_request(another)
+    assert asked(decode, another) == 0
+    assert "computed another prompt; send it one prompt per request" in caplog_vllm.text
+    assert freed_of(prefill) == {"p"}
+
+
+def test_a_prompt_that_goes_on_gets_the_kv_of_its_beginning(engines):
+    prefill, decode = engines
+    params = prefilled(prefill, "p", 20, [1, 2])
+    wanted, num_external = admit(decode, "d", 40, [1, 2, 3], params)
+    assert num_external == 20
+    decode.step_until(lambda output: output.finished_recving == {"d"})
+    assert freed_of(prefill) == {"p"}
+    finish(decode, wanted)
 
 
 def test_double_and_late_and_foreign_words_are_harmless(engines):

@@ -21,10 +21,11 @@ from connector.engines import (
     model_folder,
     prefilled,
     running,
+    state_bytes,
 )
 from connector.topologies import LAYERS, TABLE, Model, Pair
 
-UNTOUCHED = 0x5A5A
+UNTOUCHED = 0x5A
 
 # Tokens whose KV is wanted: a prompt has one more, which decode computes itself.
 PROMPTS = [
@@ -70,6 +71,7 @@ def engines(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
             dataclasses.replace(pair.model, dtype=side.dtype),
             side.pages_per_block,
             side.layers_per_stage,
+            tokens_per_state=side.tokens_per_state,
         )
         for side, role in ((pair.prefill, "kv_producer"), (pair.decode, "kv_consumer"))
     )
@@ -87,11 +89,13 @@ class Wanted:
     num_blocks: int
     sources: list[int]
     targets: list[int]
-    """Slots."""
+    """Slots; of states, blocks."""
 
 
 def wanted_of(group: int, pair: Pair, num_tokens: int) -> Wanted:
     """Written apart from the code under test, token by token."""
+    if group in pair.model.state_groups:
+        return wanted_state(group, pair, num_tokens)
     window = pair.model.windows[group] or 10**9
     seen = [token for token in range(num_tokens) if num_tokens - token < window]
     # Whole pages move where they are alike, and otherwise what ends with a page that either side could have.
@@ -109,6 +113,25 @@ def wanted_of(group: int, pair: Pair, num_tokens: int) -> Wanted:
     remote, local = listed(REMOTE_BLOCKS[group], there), listed(LOCAL_BLOCKS[group], here)
     num_blocks = len({token // here for token in seen})
     return Wanted(remote, local, num_blocks, slots(remote, there), slots(local, here))
+
+
+def wanted_state(group: int, pair: Pair, num_tokens: int) -> Wanted:
+    """vLLM keeps the state in the block of the last token, and maybe the one from before it, of no use."""
+
+    def listed(blocks: Sequence[int], size: int) -> list[int]:
+        num_blocks = -(-num_tokens // size)
+        return [0] * (num_blocks - 2) + list(blocks[:2] if num_blocks > 1 else blocks[1:2])
+
+    remote, local = (
+        listed(blocks[group], side.tokens_per_state or side.block_size)
+        for blocks, side in ((REMOTE_BLOCKS, pair.prefill), (LOCAL_BLOCKS, pair.decode))
+    )
+    return Wanted(remote, local, 1, [remote[-1]], [local[-1]])
+
+
+def part_of_state(pair: Pair, rank: int, tp_size: int, state: torch.Tensor) -> torch.Tensor:
+    """The rank's part of one layer's `state` [part, byte]."""
+    return state[0 if pair.model.every_rank_has_states else rank % tp_size]
 
 
 def heads_of(rank: int, tp_size: int, heads: int) -> slice:
@@ -133,6 +156,28 @@ def random_bits(pair: Pair, num_tokens: int, num_heads: int) -> torch.Tensor:
     return torch.randn(shape, dtype=getattr(torch, pair.prefill.dtype)).view(torch.int16)
 
 
+def random_state(pair: Pair) -> torch.Tensor:
+    """Bytes of one layer's state [part, byte]."""
+    parts = 1 if pair.model.every_rank_has_states else pair.prefill.tp_size
+    size = state_bytes(pair.model, pair.prefill.tp_size)
+    return torch.randint(-128, 128, (parts, size), dtype=torch.int8)
+
+
+def write(
+    engine: Engine, rank: int, layer: int, pair: Pair, bits: torch.Tensor, places: Sequence[int]
+) -> int:
+    """Put the rank's part of one layer's `bits`, or state, to `places`; how many bytes it has."""
+    if pair.model.keeps_state(layer):
+        part = part_of_state(pair, rank, engine.tp_size, bits)
+        engine.state(rank, layer)[places] = part.to(engine.state(rank, layer).device)
+        return part.numel()
+    kv = engine.kv(rank, layer)
+    part = part_of(engine, rank, layer, bits)
+    kv[:, places] = part
+    engine.fill(rank, layer, kv)
+    return 2 * part.numel()
+
+
 def as_in_decode(pair: Pair, bits: torch.Tensor) -> torch.Tensor:
     there, here = getattr(torch, pair.prefill.dtype), getattr(torch, pair.decode.dtype)
     return bits.contiguous().view(there).to(here).view(torch.int16)
@@ -145,17 +190,17 @@ def test_bytes(engines, num_tokens):
     groups = [wanted_of(group, pair, num_tokens) for group in range(len(model.windows))]
     layers = range(model.num_layers + (model.draft_heads is not None))
     reference = {
-        layer: random_bits(pair, len(groups[model.group_of(layer)].sources), model.heads_of(layer))
+        layer: random_state(pair)
+        if model.keeps_state(layer)
+        else random_bits(pair, len(groups[model.group_of(layer)].sources), model.heads_of(layer))
         for layer in layers
     }
     for rank in range(prefill.num_ranks):
         for layer in prefill.layers(rank):
-            kv = prefill.kv(rank, layer)
-            kv[:, groups[model.group_of(layer)].sources] = part_of(prefill, rank, layer, reference[layer])
-            prefill.fill(rank, layer, kv)
+            write(prefill, rank, layer, pair, reference[layer], groups[model.group_of(layer)].sources)
     for rank in range(decode.num_ranks):
         for layer in decode.layers(rank):
-            decode.layer(rank, layer).fill_(UNTOUCHED)
+            decode.row(rank, layer).fill_(UNTOUCHED)
 
     params = prefilled(prefill, f"p-{num_tokens}", num_tokens + 1, tuple(group.remote for group in groups))
     prefill.step()
@@ -166,23 +211,23 @@ def test_bytes(engines, num_tokens):
 
     assert output.finished_recving == {f"d-{num_tokens}"}
     assert not output.failed_recving
-    num_elements = 0
+    num_bytes = 0
     for rank in range(decode.num_ranks):
         for layer in decode.layers(rank):
-            found = decode.kv(rank, layer)
-            expected = torch.full_like(found, UNTOUCHED)
+            found = decode.row(rank, layer).cpu()
             # Groups lie over each other: what another group's layer got is in this memory, too.
+            decode.row(rank, layer).fill_(UNTOUCHED)
             for other in decode.layers_at(rank, layer):
-                part = part_of(decode, rank, other, reference[other])
-                expected[:, groups[model.group_of(other)].targets] = as_in_decode(pair, part)
-            assert torch.equal(found, expected), f"decode rank {rank}, layer {layer}"
-            num_elements += part_of(decode, rank, layer, reference[layer]).numel()
+                bits = reference[other] if model.keeps_state(other) else as_in_decode(pair, reference[other])
+                num_written = write(decode, rank, other, pair, bits, groups[model.group_of(other)].targets)
+                num_bytes += num_written if other == layer else 0
+            assert torch.equal(found, decode.row(rank, layer).cpu()), f"decode rank {rank}, layer {layer}"
 
     freed = prefill.step_until(lambda output: bool(output.finished_sending))
     assert freed.finished_sending == {f"p-{num_tokens}"}
 
     transfer = finish(decode, request)
-    assert transfer["bytes"] == 2 * num_elements
+    assert transfer["bytes"] == num_bytes
     assert (transfer["prompt_tokens"], transfer["tokens"]) == (num_tokens + 1, num_tokens)
     assert transfer["blocks"] == sum(group.num_blocks for group in groups)
     assert set(transfer["sources"]) <= set(range(prefill.num_ranks))
@@ -194,7 +239,7 @@ def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):
     decode = Engine(engine_config(model, 1, "kv_consumer"), 2)
     with running(prefill, decode):
         prefill.pages(0).random_()
-        decode.pages(0).fill_(UNTOUCHED)
+        decode.pages(0).view(torch.int8).fill_(UNTOUCHED)
         params = prefilled(prefill, "p", 97, [5, 2])
         _, num_external = admit(decode, "d", 97, [7, 8, 4, 1, 9, 12, 13], params, cached=48)
         assert num_external == 48
@@ -202,7 +247,7 @@ def test_a_prefix_hit_that_ends_inside_a_block_there_is_not_read(tmp_path):
         found, there = (
             torch.stack([one.kv(0, layer) for layer in range(LAYERS)]) for one in (decode, prefill)
         )
-        expected = torch.full_like(found, UNTOUCHED)
+        expected = torch.full_like(found, UNTOUCHED << 8 | UNTOUCHED)
         # Tokens 48 to 63 are at the end of block 5 there, 64 to 95 at the start of block 2.
         expected[:, :, 1 * 16 : 2 * 16] = there[:, :, 5 * 64 + 48 : 6 * 64]
         expected[:, :, 9 * 16 : 10 * 16] = there[:, :, 2 * 64 : 2 * 64 + 16]

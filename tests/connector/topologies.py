@@ -6,6 +6,7 @@ docs/kv_transfer.md shows it; `python tests/connector/topologies.py` brings the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ class Model:
     """KV heads of the one layer of a draft model, behind the model's own layers and in the first group."""
     latent: bool = False
     """A layer keeps one row per token (MLA)."""
+    state_groups: tuple[int, ...] = ()
+    """KV cache groups whose layers keep recurrent state."""
+    state_heads: int = 8
+    """Heads of their recurrence."""
+    every_rank_has_states: bool = False
+    """Tensor parallel does not cut them."""
+    read_by_another: tuple[int, ...] = ()
+    """Layers whose cache one more layer reads, which has none of its own."""
     dtype: str = "bfloat16"
 
     @property
@@ -49,19 +58,27 @@ class Model:
     def heads_on_a_rank(self, tp_size: int, layer: int = 0) -> int:
         return max(1, self.heads_of(layer) // tp_size)
 
+    def keeps_state(self, layer: int) -> bool:
+        return self.group_of(layer) in self.state_groups
+
     def layers_of(self, group: int, layers: range) -> list[int]:
         """Which of `layers` the group has."""
         return [layer for layer in layers if self.group_of(layer) == group]
 
     def __str__(self) -> str:
         heads = "latent rows" if self.latent else f"{self.num_kv_heads} heads"
-        windows = [
-            f"{self.group_of_layer.count(group)} with a window of {window}" if window else "full attention"
-            for group, window in enumerate(self.windows)
-        ]
-        groups = f", layers {' and '.join(windows)}" if any(self.windows) else ""
+        if len(self.state_groups) == len(self.windows):
+            heads = "none"
+        kinds = [self._kind(group) for group in range(len(self.windows))]
+        groups = f", layers {' and '.join(kinds)}" if any(self.windows) or self.state_groups else ""
         draft = "" if self.draft_heads is None else f", draft layer of {self.draft_heads}"
         return f"{heads}{groups}{draft}"
+
+    def _kind(self, group: int) -> str:
+        count, window = self.group_of_layer.count(group), self.windows[group]
+        if group in self.state_groups:
+            return f"{count} with state{' on every rank' if self.every_rank_has_states else ''}"
+        return f"{count} with a window of {window}" if window else "full attention"
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,8 @@ class Side:
     """Element type of the cache."""
     regroup: str = "operators"
     """How heads of several sources get side by side."""
+    tokens_per_state: int | None = None
+    """After how many tokens vLLM keeps recurrent state in another block; None: as many as a block has."""
 
     @property
     def page_size(self) -> int:
@@ -89,7 +108,8 @@ class Side:
         pages = f" in {self.pages_per_block} pages" if self.pages_per_block > 1 else ""
         dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
         regroup = "" if self.regroup == "operators" else f", regroup {self.regroup}"
-        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{dtype}{regroup}"
+        state = "" if self.tokens_per_state is None else f", of state {self.tokens_per_state}"
+        return f"TP {self.tp_size}{stages}, blocks of {self.block_size}{pages}{state}{dtype}{regroup}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +131,10 @@ class Pair:
 LATENT = Model(1, latent=True)
 HYBRID = Model(4, windows=(None, 40, 24), group_of_layer=(0, 1, 2))
 WINDOWED = Model(4, windows=(24,))
+STATEFUL = Model(4, windows=(None, None), group_of_layer=(0, 1, 1), state_groups=(1,))
+STATEFUL_WINDOWED = Model(4, windows=(None, 24, None), group_of_layer=(1, 2, 0), state_groups=(2,))
+STATE_COPIED = dataclasses.replace(STATEFUL, every_rank_has_states=True)
+ALL_STATE = Model(4, group_of_layer=(0, 0, 0), state_groups=(0,))
 
 
 TABLE = (
@@ -195,6 +219,23 @@ TABLE = (
     Pair(Side(2), Side(1, dtype="float16"), 4),
     Pair(Side(2, 32, dtype="float16"), Side(4, 16), HYBRID),
     Pair(Side(1), Side(2, 64, dtype="float16"), LATENT),
+    # Recurrent state, alone and beside attention: whole, rank to rank, or from any rank that has all of it.
+    Pair(Side(1), Side(1), STATEFUL),
+    Pair(Side(2), Side(2), STATEFUL),
+    Pair(Side(4), Side(4), STATEFUL),
+    Pair(Side(1, 32, 2), Side(1, 16), STATEFUL),
+    Pair(Side(2, 16), Side(2, 64, 4), STATEFUL),
+    Pair(Side(1, tokens_per_state=256), Side(1), STATEFUL),
+    Pair(Side(2), Side(2, 32, tokens_per_state=256), STATEFUL),
+    Pair(Side(1, layers_per_stage=(2, 1)), Side(1), STATEFUL),
+    Pair(Side(2), Side(2, layers_per_stage=(1, 2)), STATEFUL),
+    Pair(Side(2, 32, 2, (2, 1)), Side(2, 32, 2, (1, 1, 1)), STATEFUL_WINDOWED),
+    Pair(Side(1, dtype="float16"), Side(1), STATEFUL),
+    Pair(Side(4), Side(2), STATE_COPIED),
+    Pair(Side(1), Side(2), STATE_COPIED),
+    Pair(Side(2), Side(1, regroup="staged"), STATE_COPIED),
+    Pair(Side(2), Side(2), ALL_STATE),
+    Pair(Side(1, layers_per_stage=(2, 1)), Side(1, layers_per_stage=(1, 2)), ALL_STATE),
     # Regrouped out of staging memory.
     Pair(Side(2), Side(1, regroup="staged"), 4),
     Pair(Side(8), Side(1, regroup="staged"), 8),

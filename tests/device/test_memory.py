@@ -25,7 +25,7 @@ def _own_memory():
 
 def test_allocated_bytes_are_counted_and_given_back():
     before = torch.npu.memory_allocated()
-    # Of a size that has a segment to itself: a smaller tensor may get the rest of another test's segment, and a
+    # Of a size that has a segment to itself: a smaller one may get the rest of another test's segment, and a
     # rest of less than 1 MiB more than was asked is counted whole.
     tensor = torch.empty(32 * MIB, dtype=torch.uint8, device=NPU)
     # The allocator adds 32 bytes for the DMA engine and rounds to 512.

@@ -20,8 +20,10 @@ from disaggregated.fleet import (
     recall_fleet,
     text_of,
 )
-from recall import make_question
+from recall import make_question, vocabulary
 from servers import HOST, Server, ServerFailed, engine, free_port, started
+
+from vllm_ascend.kv_transfer.messages import prompt_digest
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,9 @@ def test_a_peer_that_nobody_reaches_is_a_clean_error_and_the_next_request_works(
         "remote_block_ids": [[1, 2, 3]],
         "remote_num_tokens": 300,
         "remote_block_size": 128,
+        "remote_lease": 0,
         "remote_lease_s": 30.0,
+        "remote_prompt_digest": prompt_digest([vocabulary().index(word) for word in question.prompt.split()]),
         "tp_size": 1,
     }
     with pytest.raises(ServerFailed, match="answered 5"):

@@ -38,8 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.scheduler": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
         *("kv_transfer.keeper", "kv_transfer.lease", "kv_transfer.messages", "kv_transfer.metrics"),
-        *("kv_transfer.sums", "kv_transfer.topology", "kv_transfer.trust"),
+        *("kv_transfer.sharing", "kv_transfer.sums", "kv_transfer.topology", "kv_transfer.trust"),
     },
+    "kv_transfer.sharing": {"kv_transfer.messages"},
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
@@ -49,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kv_transfer.trust",
     },
     "kv_transfer.local": {
-        *("errors", "attention.cache_layout", "kv_transfer.messages", "kv_transfer.plan"),
-        *("kv_transfer.topology", "kv_transfer.transport"),
+        *("errors", "attention.cache_layout", "kv_transfer.blocks", "kv_transfer.messages"),
+        *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport"),
     },
     "kv_transfer.pairing": {
         *("errors", "attention.cache_layout", "kv_transfer.config", "kv_transfer.local"),
@@ -88,7 +89,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Outside libraries that only some files may import.
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
-    *("kv_transfer.plan", "kv_transfer.topology", "kv_transfer.transport", "kv_transfer.windows"),
+    *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
+    "kv_transfer.windows",
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
     *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.reader", "kv_transfer.trust"),

@@ -25,6 +25,12 @@ the rotated part of the key, side by side. To this file that is one head whose p
 
 There is nothing to shift, so vLLM's own block table and slots serve.
 
+A layer with recurrent state (Mamba, linear attention) keeps no tokens but, in one page, all its states after
+the last one: say those of the convolution and of the recurrence, side by side. To this file that is one row.
+Beside attention its pages are padded to attention's size:
+
+    page b  =  [ states ][ padding ]
+
 vLLM describes a layer as a view [num_blocks, heads, block_size, content], where content is K and V of
 one token and head. Of that view this plugin keeps the pages and ignores the order inside a page.
 """
@@ -66,7 +72,9 @@ class PageLayout:
     itemsize_bytes: int
     """Bytes of one element."""
     planes: int = HALVES
-    """2: K, then V. 1: latent rows."""
+    """2: K, then V. 1: latent rows, or states."""
+    padding_bytes: int = 0
+    """Bytes at the end of a page that hold nothing."""
 
     @property
     def name(self) -> str:
@@ -91,11 +99,18 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page: the distance from block to block."""
-        return self.planes * self.plane_bytes
+        return self.planes * self.plane_bytes + self.padding_bytes
 
     def of_size(self, block_size: int, num_heads: int) -> PageLayout:
         """A page of the same elements, for other numbers of tokens and heads."""
         return replace(self, block_size=block_size, num_heads=num_heads)
+
+    def padded_to(self, page_bytes: int) -> PageLayout:
+        """A page of the same content, `page_bytes` long. Raises ValueError if it does not fit."""
+        padding_bytes = page_bytes - self.planes * self.plane_bytes
+        if padding_bytes < 0:
+            raise ValueError(f"{self.planes * self.plane_bytes} bytes do not fit a page of {page_bytes}")
+        return replace(self, padding_bytes=padding_bytes)
 
     def rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The tokens in `slots` as rows of the layer, counted from page 0, as [plane, slot]."""
@@ -125,6 +140,19 @@ def page_layout(kv_cache: torch.Tensor, planes: int = HALVES) -> PageLayout:
     _check_pages(kv_cache, planes)
     _, num_heads, block_size, content = kv_cache.shape
     return PageLayout(block_size, num_heads, content // planes, kv_cache.element_size(), planes)
+
+
+def state_layout(kv_cache: torch.Tensor) -> PageLayout:
+    """The layout of one layer of states, given as vLLM's view [num_blocks, 1, 1, bytes], int8.
+
+    A page is a slot. Raises ValueError if the view is not a row of pages.
+    """
+    if kv_cache.shape[1:3] != (1, 1) or kv_cache.element_size() != 1 or kv_cache.stride(3) != 1:
+        raise ValueError(
+            f"a layer's states must be a view [num_blocks, 1, 1, bytes] of bytes in a row; got strides "
+            f"{list(kv_cache.stride())} for shape {list(kv_cache.shape)} of {kv_cache.dtype}"
+        )
+    return PageLayout(1, 1, kv_cache.shape[3], 1, planes=1).padded_to(kv_cache.stride(0))
 
 
 def split_pages(kv_cache: torch.Tensor, shares: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ A request's blocks are listed in token order, so block i of the list holds the t
 prefix hit is one that need not move.
 
 Each KV cache group has such a list. Where its layers have a sliding window, the blocks left of it are given
-away, and the list has vLLM's null block in their place.
+away, and the list has vLLM's null block in their place. Where they keep recurrent state, one block of the
+list holds all of it, after the last token; it moves whole.
 
 vLLM's scheduler hands out blocks; a kernel may cut each into several pages, which lie next to each other in
 memory. A token's slot (its block's id times the block size, plus its place in the block) says where it is
@@ -29,6 +30,20 @@ Ints = npt.NDArray[np.int64]
 
 NULL_BLOCK = 0
 """vLLM's null block, which never holds anything: in a request's list, a block left of the window."""
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """What of a request's tokens the layers of a KV cache group keep."""
+
+    window: int | None = None
+    """Tokens of their sliding window; None: they keep every token."""
+    tokens_per_state: int | None = None
+    """They keep only their state after the last one, in a block for so many; None: they keep tokens."""
+
+    @property
+    def is_state(self) -> bool:
+        return self.tokens_per_state is not None
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,16 @@ def tokens_seen(tokens: Span, window: int | None) -> Span:
     """Of `tokens`, those that the token after them sees, through a sliding window of `window` tokens."""
     # The next token is in its own window.
     return tokens if window is None else Span(max(tokens.start, tokens.stop - window + 1), tokens.stop)
+
+
+def state_block(blocks: Sequence[int], num_tokens: int, tokens_per_state: int) -> int:
+    """Of a request's `blocks` in token order, the one that holds its state after `num_tokens`, at least 1.
+
+    It is that of the last token, whether vLLM lists a block for each `tokens_per_state` tokens or, where that
+    is more than a request may have, one in all. The null block if the list has none there.
+    """
+    at = (num_tokens - 1) // tokens_per_state
+    return blocks[at] if at < len(blocks) else NULL_BLOCK
 
 
 def positions_of(tokens: Span, block_size: int) -> Span:

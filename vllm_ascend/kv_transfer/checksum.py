@@ -10,6 +10,8 @@ The sum is Fletcher's, of the unit's 16-bit words in the order [token, K and V, 
 words, and the sum of each times its place. Neither is reduced below 32 bits. A flipped bit changes the first
 by a power of two, so it never goes unseen; words that changed places change the second. It needs only
 operations that every device has.
+
+Recurrent state has no heads or tokens. Its sums are of units of 1 MiB, and of bytes, as they lie.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from vllm_ascend.kv_transfer.topology import Span
 
 Ints = npt.NDArray[np.int64]
 UnitSums = npt.NDArray[np.uint64]
-"""[heads, units]; the upper half of each is the sum by place, the lower the plain one."""
+"""[heads, units], of a state [1, units]; each has the sum by place in its upper half, the plain one below."""
 
 UNIT_TOKENS = 16
 """Tokens that one sum covers: every block size is a multiple."""
+
+STATE_UNIT_BYTES = 1 << 20
+"""Bytes of a state that one sum covers: bounds the memory that summing needs beside the cache."""
 
 _TOKENS_AT_A_TIME = 128 * UNIT_TOKENS
 """Bounds the memory that summing needs beside the cache: some times 8 bytes for each word of these."""
@@ -43,6 +48,11 @@ class Summer:
         """`layer_sums` of a layer that nobody writes now."""
         with torch_npu.npu.stream(self._stream):
             return layer_sums(layer, page, slots)
+
+    def state_sums(self, layer: torch.Tensor, block: int) -> UnitSums:
+        """`state_sums` of a layer that nobody writes now."""
+        with torch_npu.npu.stream(self._stream):
+            return state_sums(layer, block)
 
 
 def units_of(tokens: Span) -> Span:
@@ -65,6 +75,22 @@ def layer_sums(layer: torch.Tensor, page: PageLayout, slots: Ints) -> UnitSums:
     return np.concatenate(parts, axis=1) if parts else np.empty((page.num_heads, 0), dtype=np.uint64)
 
 
+def units_of_state(num_bytes: int) -> Span:
+    """The units of a state of so many bytes; the last may lack some."""
+    return Span(0, -(-num_bytes // STATE_UNIT_BYTES))
+
+
+def state_sums(layer: torch.Tensor, block: int) -> UnitSums:
+    """The sums of the state in `block`, [1, units].
+
+    `layer` is vLLM's view [num_blocks, 1, 1, bytes], int8. Computed on its device, on the current stream;
+    returns when done.
+    """
+    with torch.inference_mode():
+        units = layer[block].view(torch.uint8).flatten().split(STATE_UNIT_BYTES)
+        return np.stack([_packed(unit.to(torch.int64)) for unit in units], axis=-1)[None]
+
+
 def _rows(layer: torch.Tensor, page: PageLayout) -> torch.Tensor:
     """The layer's words as [page, plane and token, head, word], the first two joined."""
     words = layer.view(torch.uint8 if page.itemsize_bytes == 1 else torch.int16)
@@ -82,8 +108,13 @@ def _sums(rows: torch.Tensor, page: PageLayout, slots: Ints) -> UnitSums:
     missing = -len(slots) % UNIT_TOKENS
     whole = torch.nn.functional.pad(by_head, (0, 0, 0, missing))
     units = whole.reshape(page.num_heads, (len(slots) + missing) // UNIT_TOKENS, -1)
-    places = torch.arange(1, units.shape[-1] + 1, dtype=torch.int64, device=units.device)
-    plain = units.sum(-1).cpu().numpy().astype(np.uint64)
-    weighted = (units * places).sum(-1).cpu().numpy().astype(np.uint64)
+    return _packed(units)
+
+
+def _packed(words: torch.Tensor) -> UnitSums:
+    """Both sums over the last axis, int64."""
+    places = torch.arange(1, words.shape[-1] + 1, dtype=torch.int64, device=words.device)
+    plain = words.sum(-1).cpu().numpy().astype(np.uint64)
+    weighted = (words * places).sum(-1).cpu().numpy().astype(np.uint64)
     sums: UnitSums = (weighted << np.uint64(32)) | (plain & np.uint64(0xFFFFFFFF))
     return sums

@@ -139,12 +139,15 @@ def options_of(vllm_config: VllmConfig) -> Options:
 
 def check_cache(kv_cache_config: KVCacheConfig) -> None:
     """Raise ConfigError, naming it, for a KV cache that this release does not move."""
+    block_sizes = set()
     for group in kv_cache_config.kv_cache_groups:
         # Layers of one group that differ in shape have a specification each.
         of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {"every layer": group.kv_cache_spec})
-        for spec in of_layers.values():
+        # Recurrent state moves whole, whatever its shapes, types and blocks.
+        attention = [spec for spec in of_layers.values() if type(spec).__name__ != "MambaSpec"]
+        for spec in attention:
             _check_layer(spec)
-    block_sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+            block_sizes.add(spec.block_size)
     if len(block_sizes) > 1:
         raise ConfigError(
             f"MooncakeConnectorV1 moves KV cache groups of one block size and this model's have "
@@ -155,15 +158,11 @@ def check_cache(kv_cache_config: KVCacheConfig) -> None:
 
 def _check_layer(spec: Any) -> None:  # Any: its class is known only after the check below
     kind = type(spec).__name__
-    if kind == "MambaSpec":
-        raise ConfigError(
-            f"MooncakeConnectorV1 moves the KV of attention and this model has recurrent state ({kind}), "
-            f"which it does not support yet; serve it without --kv-transfer-config"
-        )
     if kind not in ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"):
         raise ConfigError(
-            f"MooncakeConnectorV1 moves multi-head, grouped-query and latent attention and this model's KV "
-            f"cache is {kind}, which it does not support yet; serve it without --kv-transfer-config"
+            f"MooncakeConnectorV1 moves multi-head, grouped-query and latent attention and recurrent state "
+            f"and this model's KV cache is {kind}, which it does not support yet; serve it without "
+            f"--kv-transfer-config"
         )
     if spec.kv_quant_mode.name != "NONE":
         raise ConfigError(

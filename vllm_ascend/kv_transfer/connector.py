@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs as vllm_envs
@@ -22,7 +23,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_ascend.kv_transfer.config import check_cache, options_of
-from vllm_ascend.kv_transfer.local import Rank, local_cache, windows_of
+from vllm_ascend.kv_transfer.local import Rank, block_size_of, keeps_of, local_cache
 from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
     CacheDescription,
@@ -121,7 +122,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
             self._decode = (
-                DecodeSide(windows_of(kv_cache_config), self._trust)
+                DecodeSide(keeps_of(kv_cache_config), self._trust)
                 if self._kv_transfer_config.is_kv_consumer
                 else None
             )
@@ -232,7 +233,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
                 engine_id=self._prefill.engine_id,
                 protocol=ranks[0].protocol,
                 cache=ranks[0].cache,
-                blocks=ranks[0].blocks,
+                # A pipeline stage without attention does not know into which pages others cut a block.
+                blocks=min((rank.blocks for rank in ranks), key=attrgetter("page_size")),
                 parallel=Parallel(
                     tp_size=parallel.tensor_parallel_size,
                     pp_size=parallel.pipeline_parallel_size,
@@ -245,16 +247,20 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params or {}
+        if params.get("do_remote_decode") and self._prefill is not None:
+            self._prefill.announce(request)
         if params.get("do_remote_prefill") and self._decode is not None:
             self._decode.announce(request)
         elif params.get("do_remote_prefill"):
             logger.warning("request %s is computed here: this engine is no kv_consumer", request.request_id)
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         if self._decode is None:
             return 0, False
         num_tokens = self._decode.tokens_to_pull(request, num_computed_tokens)
-        return num_tokens, num_tokens > 0
+        return num_tokens, bool(num_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -339,7 +345,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             port=port + parallel.data_parallel_index if port else 0,
             lease_s=self._options.lease_s,
             tp_size=parallel.tensor_parallel_size,
-            block_size=self._vllm_config.cache_config.block_size,
+            block_size=block_size_of(self._kv_cache_config),
+            keeps=keeps_of(self._kv_cache_config),
             trust=self._trust,
             verify=self._options.verify,
         )

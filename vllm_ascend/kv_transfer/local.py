@@ -3,7 +3,11 @@
 
 Layers that are alike and lie in one KV cache group make a `Stack`: what is planned, read and regrouped
 together. Most models have one stack per group. A draft model's layers, which vLLM keeps like any others, may
-be of another shape and then make a stack of their own.
+be of another shape and then make a stack of their own. A layer that reads another one's cache has none of its
+own, and is not described.
+
+Layers with recurrent state make stacks, too. Tensor parallel cuts a state into as many parts as there are
+ranks, which stand where attention has heads; but no part can be made of others.
 """
 
 from __future__ import annotations
@@ -16,19 +20,22 @@ import numpy as np
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_ascend.attention.cache_layout import HALVES, PageLayout, page_layout
+from vllm_ascend.attention.cache_layout import HALVES, PageLayout, page_layout, state_layout
 from vllm_ascend.errors import ConfigError
+from vllm_ascend.kv_transfer.blocks import Keeps
 from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
     CacheDescription,
     LayerKind,
     RankRegions,
     StackRegions,
+    StateKind,
 )
 from vllm_ascend.kv_transfer.plan import RankMemory
 from vllm_ascend.kv_transfer.topology import heads_on
@@ -68,12 +75,16 @@ class Stack:
 
     group: int
     """The KV cache group: which of a request's block lists is theirs."""
-    kind: LayerKind
+    kind: LayerKind | StateKind
     """What a peer's layers of the same names must equal."""
     tensors: tuple[torch.Tensor, ...]
-    """Each layer as a view [pages, heads, tokens per page, content]."""
+    """Each layer as a view [pages, heads, tokens per page, content]; of states [pages, 1, 1, bytes]."""
     memory: RankMemory
-    """Where the tensors lie."""
+    """Where the tensors lie. Of states, the parts stand for heads, and a page is a slot."""
+
+    @property
+    def is_state(self) -> bool:
+        return isinstance(self.kind, StateKind)
 
     def for_peers(self) -> StackRegions:
         memory = self.memory
@@ -98,15 +109,18 @@ class LocalCache:
     description: CacheDescription
     """What a peer's must equal."""
     blocks: BlockSizes
-    """How every layer is cut into blocks."""
+    """How every layer of attention is cut into blocks."""
+    keeps: tuple[Keeps, ...]
+    """For each KV cache group, what its layers keep."""
 
     def regions(self) -> list[Region]:
         """The layers' memory, neighbours as one region: a card limits how many can be registered."""
-        layer_bytes = {
-            address: stack.memory.num_blocks * stack.memory.page.page_bytes
-            for stack in self.stacks
-            for address in stack.memory.addresses
-        }
+        layer_bytes: dict[Address, int] = {}
+        for stack in self.stacks:
+            num_bytes = stack.memory.num_blocks * stack.memory.page.page_bytes
+            for address in stack.memory.addresses:
+                # Groups lie over each other.
+                layer_bytes[address] = max(num_bytes, layer_bytes.get(address, 0))
         starts = np.array(sorted(layer_bytes), dtype=np.int64)
         stops = starts + np.array([layer_bytes[Address(int(start))] for start in starts], dtype=np.int64)
         cuts = np.flatnonzero(starts[1:] != stops[:-1]) + 1
@@ -131,6 +145,7 @@ def local_cache(
 ) -> LocalCache:
     """Describe `kv_caches`, by layer name. Raises ConfigError for shapes that this release does not move."""
     model = vllm_config.model_config
+    keeps = keeps_of(kv_cache_config)
     stacks = [
         stack
         for index, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -146,25 +161,53 @@ def local_cache(
         vocab_size=model.get_vocab_size(),
         dtype=_name(model.dtype),
         quantization=model.quantization or "none",
-        windows=windows_of(kv_cache_config),
+        windows=tuple(group.window for group in keeps),
     )
-    page_sizes = {stack.memory.page.block_size for stack in stacks}
+    page_sizes = {stack.memory.page.block_size for stack in stacks if isinstance(stack.kind, LayerKind)}
     if len(page_sizes) > 1:
         raise ConfigError(
             f"MooncakeConnectorV1 moves layers with attention blocks of one size and this model's have "
             f"{sorted(page_sizes)} tokens, which it does not support yet; serve it without "
             f"--kv-transfer-config"
         )
-    blocks = BlockSizes(block_size=vllm_config.cache_config.block_size, page_size=page_sizes.pop())
-    return LocalCache(rank, tuple(stacks), description, blocks)
+    block_size = block_size_of(kv_cache_config)
+    blocks = BlockSizes(block_size=block_size, page_size=page_sizes.pop() if page_sizes else block_size)
+    return LocalCache(rank, tuple(stacks), description, blocks, keeps)
 
 
-def windows_of(kv_cache_config: KVCacheConfig) -> tuple[int | None, ...]:
-    """For each KV cache group, the tokens of its sliding window; None: it keeps every token."""
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    first = [spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec for spec in specs]
-    # Without vLLM's hybrid manager, layers with a window are kept as if they had none.
-    return tuple(spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None for spec in first)
+def num_heads_of(kind: LayerKind | StateKind) -> int:
+    """KV heads of a layer, or parts of its state, over all ranks."""
+    return kind.parts if isinstance(kind, StateKind) else kind.num_kv_heads
+
+
+def keeps_of(kv_cache_config: KVCacheConfig) -> tuple[Keeps, ...]:
+    """For each KV cache group, what its layers keep."""
+    return tuple(_keeps(group) for group in kv_cache_config.kv_cache_groups)
+
+
+def block_size_of(kv_cache_config: KVCacheConfig) -> int:
+    """Tokens per block of attention, which `check_cache` has found to be one number.
+
+    vLLM's own `cache_config.block_size` may be that of states. 1 where there is no attention.
+    """
+    sizes = [
+        group.kv_cache_spec.block_size
+        for group in kv_cache_config.kv_cache_groups
+        if not _keeps(group).is_state
+    ]
+    return sizes[0] if sizes else 1
+
+
+def _keeps(group: KVCacheGroupSpec) -> Keeps:
+    spec = group.kv_cache_spec
+    match spec.first_spec if isinstance(spec, UniformTypeKVCacheSpecs) else spec:
+        case MambaSpec(block_size=tokens):
+            return Keeps(tokens_per_state=tokens)
+        case SlidingWindowSpec(sliding_window=window):
+            return Keeps(window=window)
+        case _:
+            # Without vLLM's hybrid manager, layers with a window are kept as if they had none.
+            return Keeps()
 
 
 def _stacks_of(
@@ -174,25 +217,46 @@ def _stacks_of(
     kv_caches: Mapping[str, torch.Tensor],
     rank: Rank,
 ) -> Iterator[Stack]:
-    alike: dict[tuple[LayerKind, PageLayout], list[str]] = {}
-    for name in group.layer_names:
-        spec = _spec_of(name, group)
-        assert isinstance(spec, AttentionSpec)
-        page = page_layout(_as_pages(kv_caches[name]), planes=1 if _is_latent(spec) else HALVES)
-        kind = LayerKind(
-            num_kv_heads=1 if _is_latent(spec) else _num_kv_heads(name, page, vllm_config, rank),
-            head_size=page.head_size,
-            cache_dtype=_name(kv_caches[name].dtype),
-            quantization=spec.kv_quant_mode.name.lower(),
-            layout=page.name,
-        )
+    alike: dict[tuple[LayerKind | StateKind, PageLayout], list[str]] = {}
+    for name in _owners(group, kv_caches):
+        kind, page = _describe(name, _spec_of(name, group), vllm_config, kv_caches[name], rank)
         alike.setdefault((kind, page), []).append(name)
     for (kind, page), names in alike.items():
         tensors = tuple(_as_pages(kv_caches[name]) for name in names)
-        heads = heads_on(rank.tp_rank, rank.tp_size, kind.num_kv_heads)
+        heads = heads_on(rank.tp_rank, rank.tp_size, num_heads_of(kind))
         addresses = tuple(Address(tensor.data_ptr()) for tensor in tensors)
         memory = RankMemory(heads, page, tensors[0].shape[0], tuple(names), addresses)
         yield Stack(index, kind, tensors, memory)
+
+
+def _owners(group: KVCacheGroupSpec, kv_caches: Mapping[str, torch.Tensor]) -> list[str]:
+    """The group's layers without those that read another one's cache, which vLLM lists behind them."""
+    first_at: dict[int, str] = {}
+    for name in group.layer_names:
+        first_at.setdefault(kv_caches[name].data_ptr(), name)
+    return list(first_at.values())
+
+
+def _describe(
+    name: str, spec: KVCacheSpec, vllm_config: VllmConfig, kv_cache: torch.Tensor, rank: Rank
+) -> tuple[LayerKind | StateKind, PageLayout]:
+    if isinstance(spec, MambaSpec):
+        state = StateKind(
+            parts=1 if spec.tp_replicated else rank.tp_size,
+            shapes=tuple(tuple(shape) for shape in spec.shapes),
+            dtypes=tuple(_name(dtype) for dtype in spec.dtypes),
+        )
+        return state, state_layout(kv_cache)
+    assert isinstance(spec, AttentionSpec)
+    page = page_layout(_as_pages(kv_cache), planes=1 if _is_latent(spec) else HALVES)
+    kind = LayerKind(
+        num_kv_heads=1 if _is_latent(spec) else _num_kv_heads(name, page, vllm_config, rank),
+        head_size=page.head_size,
+        cache_dtype=_name(kv_cache.dtype),
+        quantization=spec.kv_quant_mode.name.lower(),
+        layout=page.name,
+    )
+    return kind, page
 
 
 def _spec_of(name: str, group: KVCacheGroupSpec) -> KVCacheSpec:

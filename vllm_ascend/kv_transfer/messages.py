@@ -9,6 +9,9 @@ stranger cannot make an engine allocate at will. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -16,10 +19,11 @@ import msgspec
 
 from vllm_ascend.errors import WireError
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 # 1: first version; one KV cache group, regions per layer
 # 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
 #    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
+# 3: layers with recurrent state
 
 T = TypeVar("T")
 
@@ -62,8 +66,8 @@ class CacheDescription(msgspec.Struct, frozen=True, kw_only=True):
     """For each KV cache group, the tokens of its sliding window; None: its layers see all tokens."""
 
 
-class LayerKind(msgspec.Struct, frozen=True, kw_only=True):
-    """What layers of one name must have in common on both sides."""
+class LayerKind(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What layers of attention of one name must have in common on both sides."""
 
     num_kv_heads: Size
     """KV heads of the layer, before tensor parallel; 1 where it keeps latents."""
@@ -75,6 +79,17 @@ class LayerKind(msgspec.Struct, frozen=True, kw_only=True):
     """How the KV cache is quantised, or none."""
     layout: Name
     """Order of bytes in a page; see attention/cache_layout.py."""
+
+
+class StateKind(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What layers with recurrent state of one name must have in common on both sides."""
+
+    parts: Size
+    """Into how many parts tensor parallel cuts it, one for each rank; 1: every rank has all of it."""
+    shapes: Annotated[tuple[tuple[Index, ...], ...], msgspec.Meta(max_length=64)]
+    """Shapes of a layer's states on one rank, such as those of the convolution and of the recurrence."""
+    dtypes: tuple[Name, ...]
+    """Their element types."""
 
 
 class BlockSizes(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,13 +114,14 @@ class StackRegions(msgspec.Struct, frozen=True, kw_only=True):
 
     group: Index
     """The KV cache group: which of a request's block lists is theirs."""
-    kind: LayerKind
+    kind: LayerKind | StateKind
     first_head: Index
     num_heads: Size
-    """The KV heads that the rank stores: so many, from `first_head` of the layer on."""
+    """The KV heads, or parts of a state, that the rank stores: so many, from `first_head` of the layer on."""
     num_blocks: Index
     """Pages in every layer."""
-    page_bytes: int
+    page_bytes: WireAddress
+    """From page to page."""
     layers: Names
     addresses: Annotated[tuple[WireAddress, ...], msgspec.Meta(max_length=65536)]
     """Where block 0 of each layer begins, in the rank's own address space."""
@@ -226,13 +242,20 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     """Where the engine's listener is."""
     remote_block_ids: tuple[tuple[Index, ...], ...]
-    """For each KV cache group, the request's blocks in token order; 0 where its window has passed."""
+    """For each KV cache group, the request's blocks in token order; 0 where its window has passed.
+
+    Of a group with recurrent state, the one block with that after `remote_num_tokens`; 0: it has moved on.
+    """
     remote_num_tokens: Index
     """Prompt tokens whose KV is in these blocks."""
     remote_block_size: Size
     """Tokens per block."""
+    remote_lease: Index
+    """The number of this lease of the engine, which tells it from others of requests of the same id."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""
+    remote_prompt_digest: Name | None
+    """`prompt_digest` of these tokens, so that no other prompt gets their KV; None: they have no ids."""
 
     @classmethod
     def parse(cls, params: dict[str, object]) -> RemotePrefill:
@@ -243,6 +266,11 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
             raise WireError(
                 f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
             ) from error
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 64-bit integers."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -266,7 +294,7 @@ class ToSum:
 
     request_id: str
     blocks: tuple[tuple[int, ...], ...]
-    """For each KV cache group, in token order."""
+    """For each KV cache group, as `RemotePrefill.remote_block_ids`."""
     tokens: int
 
 
@@ -293,8 +321,8 @@ def decode_answer(frames: list[bytes]) -> Answer:
     return _decode(frames, _answers)
 
 
-def differences(there: CacheDescription | LayerKind, here: CacheDescription | LayerKind) -> list[str]:
-    """For each field in which the two differ, its name and both values; None fits whatever there is."""
+def differences(there: msgspec.Struct, here: msgspec.Struct) -> list[str]:
+    """For each field in which two of a class differ, its name and both values; None fits everything."""
     return [
         f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
         for name in here.__struct_fields__

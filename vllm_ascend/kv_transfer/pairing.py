@@ -14,11 +14,19 @@ from dataclasses import dataclass
 
 import msgspec
 
-from vllm_ascend.attention.cache_layout import can_convert
+from vllm_ascend.attention.cache_layout import PageLayout, can_convert
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
-from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack
-from vllm_ascend.kv_transfer.messages import BlockSizes, Engine, RankRegions, StackRegions, differences
+from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack, num_heads_of
+from vllm_ascend.kv_transfer.messages import (
+    BlockSizes,
+    Engine,
+    LayerKind,
+    RankRegions,
+    StackRegions,
+    StateKind,
+    differences,
+)
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair
 from vllm_ascend.kv_transfer.topology import Span, num_turns, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Session
@@ -84,14 +92,35 @@ def _check_same(peer: Engine, local: LocalCache) -> None:
         for theirs, layer in _in_common(rank, stack)
     }
     for (there, here), layer in of_layers.items():
-        if can_convert(there.cache_dtype, here.cache_dtype):
-            there = msgspec.structs.replace(there, cache_dtype=here.cache_dtype)
-        fields += [f"{field} in layer {layer}" for field in differences(there, here)]
+        _check_parts(peer, there, here, layer)
+        fields += [f"{field} in layer {layer}" for field in _kinds_differ(there, here)]
     if fields:
         raise TopologyError(
             f"prefill engine {peer.engine_id} cannot feed this engine: {'; '.join(fields)}; "
             f"start both with the same model, --revision, --dtype, --quantization and --kv-cache-dtype"
         )
+
+
+def _check_parts(peer: Engine, there: LayerKind | StateKind, here: LayerKind | StateKind, layer: str) -> None:
+    if isinstance(there, StateKind) and isinstance(here, StateKind) and there.parts != here.parts:
+        raise TopologyError(
+            f"layer {layer} keeps recurrent state, which tensor parallel cuts into {there.parts} parts in "
+            f"prefill engine {peer.engine_id} and into {here.parts} in this one, and no part can be made of "
+            f"others; start both with the same --tensor-parallel-size"
+        )
+
+
+def _kinds_differ(there: LayerKind | StateKind, here: LayerKind | StateKind) -> list[str]:
+    match there, here:
+        case LayerKind(), LayerKind():
+            if can_convert(there.cache_dtype, here.cache_dtype):
+                there = msgspec.structs.replace(there, cache_dtype=here.cache_dtype)
+            return differences(there, here)
+        case StateKind(), StateKind():
+            return differences(there, here)
+        case _:
+            kept = ["state" if isinstance(kind, StateKind) else "tokens" for kind in (there, here)]
+            return [f"what is kept is {kept[0]!r} there and {kept[1]!r} here"]
 
 
 def _in_common(rank: RankRegions, stack: Stack) -> Iterator[tuple[StackRegions, str]]:
@@ -114,13 +143,16 @@ def _plans(stack: Stack, peer: Engine, own: Rank) -> StackPlans:
     )
     return StackPlans(
         plans=tuple(plan_pair(stack.memory, ranks, turn) for turn in range(turns)),
-        turn=turns_of(own.tp_rank, own.tp_size, stack.kind.num_kv_heads),
+        turn=turns_of(own.tp_rank, own.tp_size, num_heads_of(stack.kind)),
         convert_from=_other_dtype(stack, peer),
     )
 
 
 def _other_dtype(stack: Stack, peer: Engine) -> str | None:
-    found = {theirs.kind.cache_dtype for rank in peer.ranks for theirs, _ in _in_common(rank, stack)}
+    if isinstance(stack.kind, StateKind):
+        return None  # States of other types are refused.
+    kinds = [theirs.kind for rank in peer.ranks for theirs, _ in _in_common(rank, stack)]
+    found = {kind.cache_dtype for kind in kinds if isinstance(kind, LayerKind)}
     if len(found) > 1:
         raise TopologyError(
             f"prefill engine {peer.engine_id} keeps layers that are alike here in {', '.join(found)}; "
@@ -147,7 +179,7 @@ def _memory_of(rank: RankRegions, stack: Stack, peer: Engine) -> RankMemory:
 
 def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engine) -> RankMemory:
     heads = Span(theirs.first_head, theirs.first_head + theirs.num_heads)
-    page = stack.memory.page.of_size(peer.blocks.page_size, len(heads))
+    page = _page_of(theirs, stack, peer)
     if theirs.page_bytes != page.page_bytes or len(theirs.layers) != len(theirs.addresses):
         raise TopologyError(
             f"rank {rank.tp_rank} of prefill engine {peer.engine_id} has pages of {theirs.page_bytes} bytes, "
@@ -156,3 +188,11 @@ def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engi
         )
     addresses = tuple(Address(address) for address in theirs.addresses)
     return RankMemory(heads, page, theirs.num_blocks, theirs.layers, addresses)
+
+
+def _page_of(theirs: StackRegions, stack: Stack, peer: Engine) -> PageLayout:
+    """The layout that the peer's pages should have; states may be padded there as they are not here."""
+    page = stack.memory.page
+    if isinstance(stack.kind, StateKind):
+        return page.padded_to(max(theirs.page_bytes, page.page_bytes - page.padding_bytes))
+    return page.of_size(peer.blocks.page_size, theirs.num_heads)

@@ -20,7 +20,8 @@ How a page maps depends on the heads that are wanted of a rank.
   are read to where they belong, a range for each, or for as many as lie in a row on both sides. Nothing is
   regrouped.
 
-Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart.
+Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart. Recurrent
+state is planned like rows: its parts for heads, its pages for tokens, and what pads them is left out.
 
 `prove_cover` checks before anything moves that every wanted byte is written exactly once, and nothing else.
 """
@@ -228,7 +229,10 @@ def _equal_shares(
     local: RankMemory, prefill: Sequence[RankMemory], reads: Sequence[tuple[list[int], HeadRead]]
 ) -> int | None:
     """How many shares a page is cut into; None if pages cannot move whole, or could not be regrouped."""
-    if any(prefill[rank].page.block_size != local.page.block_size for stage, _ in reads for rank in stage):
+    remote_pages = [prefill[rank].page for stage, _ in reads for rank in stage]
+    if any(page.block_size != local.page.block_size for page in remote_pages):
+        return None
+    if any(page.padding_bytes for page in (local.page, *remote_pages)):
         return None
     if any(read.heads != prefill[stage[read.prefill_rank]].heads for stage, read in reads):
         return None

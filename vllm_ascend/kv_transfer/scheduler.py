@@ -9,6 +9,7 @@ request whose parameters are of no use is computed locally.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from vllm_ascend.errors import PeerNotAdmitted, WireError
-from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, positions_of, tokens_seen
+from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, Keeps, positions_of, state_block, tokens_seen
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.keeper import Keeper
 from vllm_ascend.kv_transfer.lease import LeaseTable
@@ -38,8 +39,10 @@ from vllm_ascend.kv_transfer.messages import (
     Renew,
     Renewed,
     ToSum,
+    prompt_digest,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
+from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
@@ -88,6 +91,7 @@ class PrefillSide:
         lease_s: float,
         tp_size: int,
         block_size: int,
+        keeps: Sequence[Keeps],
         trust: Trust,
         verify: bool,
     ) -> None:
@@ -97,10 +101,12 @@ class PrefillSide:
         self._lease_s = lease_s
         self._tp_size = tp_size
         self._block_size = block_size
+        self._keeps = keeps
         self._verify = verify
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
+        self._lease_numbers = itertools.count()
         self._pinned: dict[str, int] = {}
         self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
@@ -123,6 +129,16 @@ class PrefillSide:
         """What to answer when peers ask who this is."""
         self._engine = engine
 
+    def announce(self, request: Request) -> None:
+        """Note a request whose KV another engine will read, before any of it is computed.
+
+        Decode runs the prompt's last token itself, and state cannot be taken back by a token as KV can. So
+        with recurrent state the prompt ends one token earlier here.
+        """
+        # A request that is to compute its whole prompt, such as for its logprobs, does so at both engines.
+        if any(group.is_state for group in self._keeps) and not request.skip_reading_prefix_cache:
+            _drop_last_token(request)
+
     def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, Params | None]:
         """Whether to hold the finished request's blocks, and what to tell the router about them."""
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
@@ -132,11 +148,16 @@ class PrefillSide:
             block != NULL_BLOCK for blocks in block_ids for block in blocks
         )
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        readable = tuple(
+            self._readable(request, group, blocks)
+            for group, blocks in zip(self._keeps, block_ids, strict=True)
+        )
         if self._verify:
             # The last prompt token is never of use to decode, which computes its KV itself.
-            useful = min(num_tokens, request.num_prompt_tokens - 1)
+            has_state = any(group.is_state for group in self._keeps)
+            useful = num_tokens if has_state else min(num_tokens, request.num_prompt_tokens - 1)
             self._sums.expect(request.request_id, useful)
-            self._to_sum.append(ToSum(request.request_id, tuple(tuple(group) for group in block_ids), useful))
+            self._to_sum.append(ToSum(request.request_id, readable, useful))
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -144,10 +165,12 @@ class PrefillSide:
             "remote_request_id": request.request_id,
             "remote_host": self._listener.host,
             "remote_port": self._listener.port,
-            "remote_block_ids": [list(group) for group in block_ids],
+            "remote_block_ids": [list(blocks) for blocks in readable],
             "remote_num_tokens": num_tokens,
             "remote_block_size": self._block_size,
+            "remote_lease": next(self._lease_numbers),
             "remote_lease_s": self._lease_s,
+            "remote_prompt_digest": _digest(request, num_tokens),
             "tp_size": self._tp_size,
         }
 
@@ -191,6 +214,14 @@ class PrefillSide:
         """Free the port. May be called twice."""
         self._listener.close()
 
+    def _readable(self, request: Request, group: Keeps, blocks: Sequence[int]) -> tuple[int, ...]:
+        """Of a finished request's blocks in a group, those that decode is told of."""
+        if group.tokens_per_state is None:
+            return tuple(blocks)
+        if request.num_computed_tokens != request.num_prompt_tokens:
+            return (NULL_BLOCK,)
+        return (state_block(blocks, request.num_prompt_tokens, group.tokens_per_state),)
+
     def _answer(self, question: Question) -> Answer:
         if self._engine is None:
             return Refused(reason="it is still starting; ask again")
@@ -217,11 +248,12 @@ class PrefillSide:
 class DecodeSide:
     """Requests whose prompt another engine has computed, from their arrival to their end."""
 
-    def __init__(self, windows: Sequence[int | None], trust: Trust) -> None:
-        """`windows`: for each KV cache group the tokens of its sliding window, None where it has none."""
-        self._windows = windows
+    def __init__(self, keeps: Sequence[Keeps], trust: Trust) -> None:
+        """`keeps`: for each KV cache group, what of a request's tokens it keeps."""
+        self._keeps = keeps
         self._trust = trust
         self._keeper = Keeper(trust)
+        self._prompts = SharedPrompts()
         self._announced: dict[str, RemotePrefill] = {}
         self._pulling: dict[str, RemotePrefill] = {}
         self._ended_early: set[str] = set()
@@ -239,15 +271,27 @@ class DecodeSide:
             return
         if complaint := self._unusable(request, remote):
             self._decline(request, complaint)
-            self._keeper.release(remote)
+            self._release_unless_wanted(remote)
             return
         self._announced[request.request_id] = remote
+        self._prompts.bring(remote, request.request_id)
         self._keeper.hold(remote)
 
-    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens beyond the local prefix hit whose KV is worth pulling."""
+    def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens beyond the local prefix hit whose KV is worth pulling; None while another request does."""
         remote = self._announced.get(request.request_id)
-        return 0 if remote is None else max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        if remote is None:
+            return 0
+        num_tokens = max(0, self._useful_tokens(request, remote) - num_computed_tokens)
+        match self._prompts.state(remote):
+            case Prompt.THERE:
+                return num_tokens
+            case Prompt.PULLING:
+                return None if num_tokens else 0
+            case Prompt.PULLED:
+                return 0
+            case state:
+                assert_never(state)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
@@ -256,15 +300,22 @@ class DecodeSide:
             return
         if num_external_tokens == 0:
             self._numbers[request.request_id] = nothing_moved(request.num_prompt_tokens)
-            self._keeper.release(remote)
+            self._leave(request, remote)
             return
         self._pulling[request.request_id] = remote
+        self._prompts.pull(remote, request.request_id)
+        useful = self._useful_tokens(request, remote)
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
                 remote=remote,
-                local_blocks=tuple(tuple(group) for group in blocks.get_block_ids()),
-                first_token=self._useful_tokens(request, remote) - num_external_tokens,
+                local_blocks=tuple(
+                    tuple(ids)
+                    if group.tokens_per_state is None
+                    else (state_block(ids, useful, group.tokens_per_state),)
+                    for group, ids in zip(self._keeps, blocks.get_block_ids(), strict=True)
+                ),
+                first_token=useful - num_external_tokens,
                 tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
             )
@@ -290,6 +341,7 @@ class DecodeSide:
         """Every rank is done with the request, for better or worse."""
         remote = self._pulling.pop(request_id, None)
         if remote is not None:
+            self._prompts.pulled(remote, loaded=not failed)
             self._keeper.drop(remote)
         if failed or request_id in self._ended_early:
             self._ended_early.discard(request_id)
@@ -301,7 +353,7 @@ class DecodeSide:
         """The request ends, whatever its state. Returns what its transfer cost, for the client."""
         remote = self._announced.pop(request.request_id, None)
         if remote is not None:
-            self._keeper.release(remote)
+            self._leave(request, remote)
         if request.request_id in self._pulling:
             # Its blocks stay allocated until every rank has reported, and so do our notes.
             self._ended_early.add(request.request_id)
@@ -320,6 +372,15 @@ class DecodeSide:
         """End the keeper. May be called twice."""
         self._keeper.close()
 
+    def _leave(self, request: Request, remote: RemotePrefill) -> None:
+        """The request has no use for what it brought."""
+        self._prompts.leave(remote, request.request_id)
+        self._release_unless_wanted(remote)
+
+    def _release_unless_wanted(self, remote: RemotePrefill) -> None:
+        if not self._prompts.is_wanted(remote):
+            self._keeper.release(remote)
+
     def _decline(self, request: Request, reason: object) -> None:
         logger.warning("request %s is computed here: %s", request.request_id, reason)
         self._num_declined += 1
@@ -329,25 +390,78 @@ class DecodeSide:
 
         The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
         """
-        num_blocks = min(len(blocks) for blocks in remote.remote_block_ids)
-        return min(
-            request.num_prompt_tokens - 1, remote.remote_num_tokens, num_blocks * remote.remote_block_size
-        )
+        rooms = [
+            len(blocks) * remote.remote_block_size
+            for group, blocks in zip(self._keeps, remote.remote_block_ids, strict=True)
+            if not group.is_state
+        ]
+        return min(request.num_prompt_tokens - 1, remote.remote_num_tokens, *rooms)
 
     def _unusable(self, request: Request, remote: RemotePrefill) -> str | None:
         """A sentence on why the prefill engine's blocks cannot be pulled, or None."""
         found = len(remote.remote_block_ids)
-        if found != len(self._windows):
+        if found != len(self._keeps):
             return (
                 f"prefill engine {remote.remote_engine_id} has {found} KV cache groups and this engine "
-                f"{len(self._windows)}; start both with the same model and options"
+                f"{len(self._keeps)}; start both with the same model and options"
             )
         tokens = Span(0, self._useful_tokens(request, remote))
-        for blocks, window in zip(remote.remote_block_ids, self._windows, strict=True):
-            at = positions_of(tokens_seen(tokens, window), remote.remote_block_size)
+        if len(tokens) and _digest(request, remote.remote_num_tokens) != remote.remote_prompt_digest:
+            return (
+                f"prefill engine {remote.remote_engine_id} computed another prompt; send it one prompt per "
+                f"request, and the same to both engines"
+            )
+        for blocks, group in zip(remote.remote_block_ids, self._keeps, strict=True):
+            if group.is_state:
+                if complaint := _unusable_state(request, remote, blocks):
+                    return complaint
+                continue
+            at = positions_of(tokens_seen(tokens, group.window), remote.remote_block_size)
             if NULL_BLOCK in blocks[at.start : at.stop]:
                 return (
                     f"prefill engine {remote.remote_engine_id} has given away blocks inside the sliding "
                     f"window; ask it for one token (max_tokens 1)"
                 )
         return None
+
+
+def _unusable_state(request: Request, remote: RemotePrefill, blocks: Sequence[int]) -> str | None:
+    wanted = request.num_prompt_tokens - 1
+    if wanted == 0:
+        return None
+    if len(blocks) != 1 or remote.remote_num_tokens != wanted:
+        return (
+            f"prefill engine {remote.remote_engine_id} has {len(blocks)} blocks of recurrent state after "
+            f"{remote.remote_num_tokens} tokens and this engine needs the one after {wanted}; send both the "
+            f"same prompt, and start them with the same model and options"
+        )
+    if blocks[0] == NULL_BLOCK:
+        return (
+            f"the recurrent state of prefill engine {remote.remote_engine_id} has gone on behind the prompt; "
+            f"ask it for one token (max_tokens 1)"
+        )
+    return None
+
+
+def _drop_last_token(request: Request) -> None:
+    """End the request's prompt one token earlier, unless it has only one.
+
+    vLLM has no call for this. Its `Request` keeps the prompt in several places, which must agree.
+    """
+    if request.num_prompt_tokens < 2:
+        return
+    # New ones: the output processor may hold the old, in the same process.
+    for name in ("prompt_token_ids", "prompt_is_token_ids", "prompt_embeds"):
+        if (prompt := getattr(request, name)) is not None:
+            setattr(request, name, prompt[:-1])
+    del request._all_token_ids[-1]
+    request.num_prompt_tokens -= 1
+    # The last block's hash may have counted the token.
+    del request.block_hashes[-1:]
+    request.update_block_hashes()
+
+
+def _digest(request: Request, num_tokens: int) -> str | None:
+    """What tells the request's first `num_tokens` prompt tokens from others; None if it brings embeddings."""
+    token_ids = request.prompt_token_ids
+    return None if token_ids is None else prompt_digest(token_ids[:num_tokens])

@@ -71,12 +71,12 @@ class Staging:
 
 
 def staging_of(options: Options, stacks: Sequence[Sequence[torch.Tensor]]) -> Staging | None:
-    """The staging memory that `options` ask for; None: they ask for a regroup in place.
+    """The staging memory that `options` ask for; None: a regroup in place, or none at all.
 
     `stacks` are vLLM's views of the layers of each stack. Raises ConfigError if the memory is too small for
     its parts to hold a page, or if Triton is asked for and not there.
     """
-    if options.regroup == "operators":
+    if options.regroup == "operators" or not stacks:
         return None
     placing = placing_of(options.regroup)
     layers = [layer for stack in stacks for layer in stack]

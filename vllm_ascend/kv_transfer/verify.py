@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_ascend.errors import PeerUnreachable, ReadDiffers, ReadFailed, WireError
 from vllm_ascend.kv_transfer.blocks import Blocks
-from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, UnitSums, units_of
+from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, UnitSums, units_of, units_of_state
 from vllm_ascend.kv_transfer.handshake import Lines
 from vllm_ascend.kv_transfer.messages import AskSums, RemotePrefill, Sums, SumsPending
 from vllm_ascend.kv_transfer.plan import PairPlan
@@ -97,10 +96,31 @@ def verify(
     slots = blocks.slots(np.arange(units.start * UNIT_TOKENS, tokens.stop, dtype=np.int64))
     for name, layer in zip(plan.local.layers, layers, strict=True):
         found = summer.sums(layer, plan.local.page, slots)
-        expected = _expected(plan, name, units, ask)
-        wrong = np.argwhere(found != expected)
+        wrong = np.argwhere(found != _expected(plan, name, units, ask))
         if len(wrong):
-            raise ReadDiffers(_differs(name, plan, units, wrong))
+            head, unit = wrong[0].tolist()
+            first = (units.start + unit) * UNIT_TOKENS
+            raise _differs(
+                f"its KV is not what the prefill engine computed, in layer {name} at {len(wrong)} places, "
+                f"first in head {plan.local.heads.start + head}, tokens {first} to {first + UNIT_TOKENS - 1}"
+            )
+
+
+def verify_state(
+    plan: PairPlan, layers: Sequence[torch.Tensor], block: int, summer: Summer, ask: AskSumsOf
+) -> None:
+    """Raise ReadDiffers, naming the layer, unless the state in `block` is what was computed.
+
+    `layers` are those of `plan.local`, one tensor each.
+    """
+    units = units_of_state(plan.local.page.row_bytes)
+    for name, layer in zip(plan.local.layers, layers, strict=True):
+        wrong = np.argwhere(summer.state_sums(layer, block) != _expected(plan, name, units, ask))
+        if len(wrong):
+            raise _differs(
+                f"its recurrent state is not what the prefill engine computed, in layer {name} at "
+                f"{len(wrong)} places, first in its MiB {wrong[0, 1]}"
+            )
 
 
 def _expected(plan: PairPlan, layer: str, units: Span, ask: AskSumsOf) -> UnitSums:
@@ -124,11 +144,5 @@ def _expected(plan: PairPlan, layer: str, units: Span, ask: AskSumsOf) -> UnitSu
     return expected
 
 
-def _differs(layer: str, plan: PairPlan, units: Span, wrong: npt.NDArray[np.intp]) -> str:
-    head, unit = wrong[0].tolist()
-    first = (units.start + unit) * UNIT_TOKENS
-    return (
-        f"its KV is not what the prefill engine computed, in layer {layer} at {len(wrong)} places, first in "
-        f"head {plan.local.heads.start + head}, tokens {first} to {first + UNIT_TOKENS - 1}; report it with "
-        f"the output of python -m vllm_ascend.doctor"
-    )
+def _differs(sentence: str) -> ReadDiffers:
+    return ReadDiffers(f"{sentence}; report it with the output of python -m vllm_ascend.doctor")

@@ -26,8 +26,17 @@ from vllm_ascend.errors import (
     TopologyError,
     WireError,
 )
-from vllm_ascend.kv_transfer.blocks import Blocks, Runs, positions_of, runs_of, tokens_from, tokens_seen
-from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, units_of
+from vllm_ascend.kv_transfer.blocks import (
+    NULL_BLOCK,
+    Blocks,
+    Runs,
+    neighbours,
+    positions_of,
+    runs_of,
+    tokens_from,
+    tokens_seen,
+)
+from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, state_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
 from vllm_ascend.kv_transfer.local import LocalCache, Stack
@@ -51,7 +60,7 @@ from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Copies, Transport
 from vllm_ascend.kv_transfer.trust import Trust
-from vllm_ascend.kv_transfer.verify import PeerSums, verify
+from vllm_ascend.kv_transfer.verify import PeerSums, verify, verify_state
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -141,7 +150,8 @@ class WorkerHalf:
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: dict[tuple[str, int, str], PrefillEngine] = {}
         self._unsettled: list[NotLoaded] = []
-        self._staging = staging_of(options, [stack.tensors for stack in local.stacks])
+        self._of_tokens = [stack for stack in local.stacks if not stack.is_state]
+        self._staging = staging_of(options, [stack.tensors for stack in self._of_tokens])
         transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(
             options.reader_threads, self._regroups[0].enter_thread
@@ -158,7 +168,11 @@ class WorkerHalf:
 
     def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
         """This rank's checksums of a finished request, for decode to check what it reads."""
-        return tuple(found for stack in self._local.stacks for found in self._sum_stack(stack, to_sum))
+        return tuple(
+            found
+            for stack in self._local.stacks
+            for found in (self._sum_state if stack.is_state else self._sum_stack)(stack, to_sum)
+        )
 
     def take_results(self) -> list[Loaded | NotLoaded]:
         """What has come of pulls since the last call, and whose blocks can be written no more."""
@@ -189,6 +203,13 @@ class WorkerHalf:
         for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
             sums = layer_sums(layer, stack.memory.page, slots)
             yield LayerSums(self._local.rank.place, name, units.start, sums)
+
+    def _sum_state(self, stack: Stack, to_sum: ToSum) -> Iterator[LayerSums]:
+        (block,) = to_sum.blocks[stack.group]
+        if block == NULL_BLOCK:
+            return
+        for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
+            yield LayerSums(self._local.rank.place, name, 0, state_sums(layer, block))
 
     # From here on: reader threads.
 
@@ -254,7 +275,9 @@ class WorkerHalf:
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
         """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
         return [
-            self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
+            self._plan_state(stack, regroup, plans, pull, tokens[stack.group])
+            if stack.is_state
+            else self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
             for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
             if len(tokens[stack.group])
         ]
@@ -273,9 +296,23 @@ class WorkerHalf:
                 )
         if plan.shares > 1 and self._staging is not None:
             runs = runs_of(tokens, remote, local, plan.local.num_blocks)
-            staged = self._staging.read(self._local.stacks.index(stack), plan, runs)
+            staged = self._staging.read(self._of_tokens.index(stack), plan, runs)
             return _StackRead(stack, tokens, regroup, plan, runs, [], plans.convert_from, staged)
         runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
+        copies = plan.copies(runs)
+        prove_cover(plan.local, runs, [part for _, part in copies])
+        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
+
+    def _plan_state(
+        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, tokens: Span
+    ) -> _StackRead:
+        """State after the last of `tokens` moves whole, whatever part of the prompt is a prefix hit here."""
+        plan = plans.next_plan()
+        there, here = (
+            np.asarray(blocks[stack.group], dtype=np.int64)
+            for blocks in (pull.remote.remote_block_ids, pull.local_blocks)
+        )
+        runs = neighbours(there, here, size=1, longest=1)
         copies = plan.copies(runs)
         prove_cover(plan.local, runs, [part for _, part in copies])
         return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
@@ -283,8 +320,12 @@ class WorkerHalf:
     def _verify(self, pull: Pull, reads: Sequence[_StackRead]) -> None:
         """Raise ReadFailed unless every stack holds what the prefill engine computed, in its element type."""
         for read in reads:
-            blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
             ask = partial(self._peer_sums.of, pull.remote, read.tokens)
+            if read.stack.is_state:
+                (block,) = pull.local_blocks[read.stack.group]
+                verify_state(read.plan, read.stack.tensors, block, self._summer, ask)
+                continue
+            blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
             verify(read.plan, read.stack.tensors, blocks, read.tokens, self._summer, ask)
 
     def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
@@ -293,8 +334,8 @@ class WorkerHalf:
         Raises ReadFailed if two groups want one: they share memory, and would overwrite each other.
         """
         written: list[int] = []
-        for blocks, of_group in zip(pull.local_blocks, tokens, strict=True):
-            at = positions_of(of_group, self._local.blocks.block_size)
+        for blocks, of_group, keeps in zip(pull.local_blocks, tokens, self._local.keeps, strict=True):
+            at = Span(0, 1) if keeps.is_state else positions_of(of_group, self._local.blocks.block_size)
             written.extend(blocks[at.start : at.stop] if len(of_group) else ())
         if len(set(written)) < len(written):
             raise ReadFailed("two KV cache groups were to be read into the same blocks; nothing was read")

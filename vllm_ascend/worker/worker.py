@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_ascend.ops import activation, experts, rotary
+from vllm_ascend.ops import activation, encoders, experts, rotary
 from vllm_ascend.worker.model_runner import NPUModelRunner
 
 
@@ -39,6 +39,7 @@ class NPUWorker(Worker):
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         # Before the model is built, which looks the layers up.
         activation.register()
+        encoders.register()
         experts.register()
         rotary.register()
 

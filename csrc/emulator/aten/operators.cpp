@@ -89,6 +89,7 @@ bool Register() {
   RegisterActivation(npu);
   RegisterAttention(npu);
   RegisterCast(npu);
+  RegisterFusionAttention(npu);
   RegisterGroupedMatmul(npu);
   RegisterNorm(npu);
   RegisterRouting(npu);

@@ -44,6 +44,7 @@ void RegisterActivation(Operators& npu);
 void RegisterAttention(Operators& npu);
 void RegisterCache(Operators& atb);
 void RegisterCast(Operators& npu);
+void RegisterFusionAttention(Operators& npu);
 void RegisterGroupedMatmul(Operators& npu);
 void RegisterLatent(Operators& npu, Operators& atb);
 void RegisterNorm(Operators& npu);

@@ -13,6 +13,7 @@ from vllm_ascend.attention.cache_layout import (
     operator_block,
     page_layout,
     split_pages,
+    state_layout,
 )
 
 
@@ -34,6 +35,20 @@ def test_a_page_of_latents_is_one_plane():
     # Slot 5 is the second token of page 2.
     assert page.row_offsets(np.array([0, 1, 5])).tolist() == [[0, 12, 60]]
     assert page_layout(torch.zeros(3, 1, 2, 6, dtype=torch.float16), planes=1) == page
+
+
+def test_a_page_of_states_is_one_row_and_padding():
+    pages = torch.zeros(3, 32, dtype=torch.int8)
+    page = state_layout(pages[:, None, None, :20])
+    assert (page.row_bytes, page.page_bytes, page.padding_bytes) == (20, 32, 12)
+    # A page is a slot.
+    assert page.row_offsets(np.array([0, 2])).tolist() == [[0, 64]]
+    assert state_layout(pages[:, None, None, :]).padding_bytes == 0
+    assert page.padded_to(24).page_bytes == 24
+    with pytest.raises(ValueError, match="20 bytes do not fit a page of 16"):
+        page.padded_to(16)
+    with pytest.raises(ValueError, match="must be a view"):
+        state_layout(pages[:, :20].view(3, 1, 4, 5))
 
 
 def test_rows_are_counted_over_k_and_v_of_all_pages():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.kv_transfer.blocks import Blocks, neighbours, positions_of, runs_of, tokens_seen
+from vllm_ascend.kv_transfer.blocks import Blocks, neighbours, positions_of, runs_of, state_block, tokens_seen
 from vllm_ascend.kv_transfer.topology import Span
 
 
@@ -121,6 +121,20 @@ def test_neighbours(remote, local, longest, expected):
 def test_runs_of(tokens, remote, local, expected):
     runs = runs_of(Span(*tokens), remote, local, longest=100)
     assert list(zip(runs.remote_start, runs.local_start, runs.length, strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_tokens", "tokens_per_state", "expected"),
+    [
+        pytest.param([7], 300, 4096, 7, id="one block for the longest request"),
+        pytest.param([0, 5, 8], 33, 16, 8, id="the first token of a block: the state before is still listed"),
+        pytest.param([0, 5, 8], 32, 16, 5, id="the last token of a block, the next one is there already"),
+        pytest.param([9], 1, 16, 9, id="one token"),
+        pytest.param([0, 0], 33, 16, 0, id="no block is listed for the last token"),
+    ],
+)
+def test_the_state_is_in_the_block_of_the_last_token(blocks, num_tokens, tokens_per_state, expected):
+    assert state_block(blocks, num_tokens, tokens_per_state) == expected
 
 
 @given(

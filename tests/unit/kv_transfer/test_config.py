@@ -24,6 +24,7 @@ from vllm_ascend.kv_transfer.config import Options, Sizes, check_cache, check_si
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
 FULL = FullAttentionSpec(block_size=128, **SHAPE)
 WINDOWED = SlidingWindowSpec(block_size=128, sliding_window=512, **SHAPE)
+STATE = MambaSpec(block_size=4096, shapes=((4, 4),), dtypes=(torch.bfloat16,))
 
 
 @pytest.mark.parametrize(
@@ -146,19 +147,14 @@ def cache_of(*specs: KVCacheSpec) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-@pytest.mark.parametrize("specs", [(FULL,), (WINDOWED,), (FULL, WINDOWED, WINDOWED)])
-def test_groups_of_attention_are_moved(specs):
+@pytest.mark.parametrize("specs", [(FULL,), (WINDOWED,), (FULL, WINDOWED, WINDOWED), (STATE,), (FULL, STATE)])
+def test_groups_of_attention_and_of_state_are_moved(specs):
     check_cache(cache_of(*specs))
 
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        pytest.param(
-            MambaSpec(block_size=128, shapes=((4, 4),), dtypes=(torch.bfloat16,)),
-            r"this model has recurrent state \(MambaSpec\)",
-            id="recurrent state",
-        ),
         pytest.param(
             SlidingWindowMLASpec(block_size=128, sliding_window=512, **SHAPE),
             "this model's KV cache is SlidingWindowMLASpec",

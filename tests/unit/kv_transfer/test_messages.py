@@ -26,6 +26,7 @@ from vllm_ascend.kv_transfer.messages import (
     Renew,
     Renewed,
     StackRegions,
+    StateKind,
     decode_answer,
     decode_question,
     differences,
@@ -58,7 +59,17 @@ STACK = StackRegions(
     layers=("a", "b"),
     addresses=(1, 2),
 )
-RANK = RankRegions(tp_rank=0, pp_rank=0, session="h:1", stacks=(STACK,))
+STATES = StackRegions(
+    group=0,
+    kind=StateKind(parts=2, shapes=((3, 12), (4, 4, 4)), dtypes=("bfloat16", "float32")),
+    first_head=1,
+    num_heads=1,
+    num_blocks=3,
+    page_bytes=512,
+    layers=("c",),
+    addresses=(3,),
+)
+RANK = RankRegions(tp_rank=0, pp_rank=0, session="h:1", stacks=(STACK, STATES))
 
 
 def rank_with(**changes: object) -> dict[str, object]:
@@ -103,7 +114,7 @@ def test_answers_arrive_as_they_were_sent(answer):
 
 
 def test_another_version_is_refused_by_name_before_its_body_is_read():
-    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/2'"):
+    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/3'"):
         decode_question([b"vllm-ascend-kv/7", b"not msgpack at all"])
 
 
@@ -111,30 +122,30 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
     "frames",
     [
         pytest.param([], id="no frame"),
-        pytest.param([b"vllm-ascend-kv/2"], id="one frame"),
-        pytest.param([b"vllm-ascend-kv/2", b"", b""], id="three frames"),
-        pytest.param([b"vllm-ascend-kv/2", b""], id="an empty body"),
-        pytest.param([b"vllm-ascend-kv/2", b"\xc1garbage"], id="no msgpack"),
+        pytest.param([b"vllm-ascend-kv/3"], id="one frame"),
+        pytest.param([b"vllm-ascend-kv/3", b"", b""], id="three frames"),
+        pytest.param([b"vllm-ascend-kv/3", b""], id="an empty body"),
+        pytest.param([b"vllm-ascend-kv/3", b"\xc1garbage"], id="no msgpack"),
         pytest.param(
-            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
+            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
             id="text that is no UTF-8",
         ),
         pytest.param(
-            [b"vllm-ascend-kv/2", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
+            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
             id="lists within lists without end",
         ),
-        pytest.param([b"vllm-ascend-kv/2", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
-        pytest.param([b"vllm-ascend-kv/2", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
+        pytest.param([b"vllm-ascend-kv/3", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
+        pytest.param([b"vllm-ascend-kv/3", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
         pytest.param(
             [
-                b"vllm-ascend-kv/2",
+                b"vllm-ascend-kv/3",
                 msgspec.msgpack.encode({"type": "Renew", "engine_id": "e", "request_ids": ["x" * 2000]}),
             ],
             id="a name that is too long",
         ),
         pytest.param(
             [
-                b"vllm-ascend-kv/2",
+                b"vllm-ascend-kv/3",
                 msgspec.msgpack.encode(
                     {"type": "Done", "engine_id": "e", "request_id": "a", "reader": "r", "num_readers": 0}
                 ),
@@ -152,7 +163,7 @@ def test_malformed_questions_are_refused(frames):
 def test_whatever_comes_is_understood_or_refused(body):
     for decode in (decode_question, decode_answer):
         with contextlib.suppress(WireError):
-            decode([b"vllm-ascend-kv/2", body])
+            decode([b"vllm-ascend-kv/3", body])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +185,7 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         verifies=False,
         ranks=(RANK,),
     )
-    frames = [b"vllm-ascend-kv/2", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
+    frames = [b"vllm-ascend-kv/3", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
     with pytest.raises(WireError, match="could not be read"):
         decode_answer(frames)
 

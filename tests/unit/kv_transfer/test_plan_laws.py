@@ -4,6 +4,7 @@
 Valid is what vLLM allows: a TP size divides the KV heads or is a multiple of them, so two sizes need not
 divide one another; layers are split among pipeline stages anywhere; blocks, and the pages that attention cuts
 them into, have any size; a page has K and V or latent rows; of a sliding window only the end is wanted.
+States move between equal TP sizes, from pages padded in one way to pages padded in another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend.attention.cache_layout import PageLayout
-from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of, tokens_seen
+from vllm_ascend.kv_transfer.blocks import Blocks, Runs, neighbours, runs_of, tokens_seen
 from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
 from vllm_ascend.kv_transfer.topology import Span, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
@@ -239,3 +240,60 @@ def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(tr
     for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         num_ranges = sum(len(copies) for _, copies in plan.copies(runs))
         assert num_ranges == len(runs) * plan.shares * len(decode.memory.layers)
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from([1, 2, 3, 4]), st.booleans(), st.integers(1, 64))
+def test_states_arrive_whole_from_pages_padded_in_any_way(data, tp_size, copied, num_bytes):
+    cut = st.integers(0, LAYERS)
+    prefill, decode = (
+        [
+            StateCache(0 if copied else rank, stage, num_bytes, padding)
+            for stage in (Span(0, at), Span(at, LAYERS))
+            if len(stage)
+            for rank in range(tp_size)
+        ]
+        for at, padding in ((data.draw(cut), data.draw(st.integers(0, 40))) for _ in range(2))
+    )
+    # Nobody wrote what pads the source's pages, so it must not come along.
+    for cache in prefill:
+        cache.bytes[:, :, :num_bytes] = np.random.default_rng(cache.part).integers(
+            0, 200, (LAYERS, StateCache.NUM_PAGES, num_bytes), dtype=np.uint8
+        )[cache.layers.start : cache.layers.stop]
+    there, here = (data.draw(st.integers(0, StateCache.NUM_PAGES - 1)) for _ in range(2))
+    runs = neighbours(np.array([there]), np.array([here]), size=1, longest=1)
+    cluster = {Session(str(place)): [cache.region] for place, cache in enumerate(prefill)}
+    for cache in decode:
+        plan = plan_pair(cache.memory, [other.memory for other in prefill], turn=0)
+        copies = plan.copies(runs)
+        prove_cover(cache.memory, runs, [part for _, part in copies])
+        expected = cache.bytes.copy()
+        for other in prefill:
+            for layer in range(LAYERS):
+                if other.part == cache.part and layer in other and layer in cache:
+                    source = other.bytes[layer - other.layers.start, there, :num_bytes]
+                    expected[layer - cache.layers.start, here, :num_bytes] = source
+        transport = InProcessTransport(Session("decode"), {**cluster, Session("decode"): [cache.region]})
+        for rank, part in copies:
+            transport.read(Session(str(rank)), part)
+        assert np.array_equal(cache.bytes, expected)
+
+
+class StateCache:
+    """One rank's states, empty: bytes [layer, page, byte]."""
+
+    NUM_PAGES = 4
+
+    def __init__(self, part: int, layers: Span, num_bytes: int, padding_bytes: int) -> None:
+        page = PageLayout(1, 1, num_bytes, itemsize_bytes=1, planes=1, padding_bytes=padding_bytes)
+        self.part, self.layers = part, layers
+        shape = (len(layers), self.NUM_PAGES, num_bytes + padding_bytes)
+        self.bytes = np.full(shape, UNTOUCHED, dtype=np.uint8)
+        base = self.bytes.ctypes.data
+        self.region = Region(Address(base), self.bytes.nbytes)
+        names = tuple(f"layer.{layer}" for layer in range(layers.start, layers.stop))
+        addresses = tuple(Address(base + i * self.bytes[0].nbytes) for i in range(len(layers)))
+        self.memory = RankMemory(Span(part, part + 1), page, self.NUM_PAGES, names, addresses)
+
+    def __contains__(self, layer: int) -> bool:
+        return self.layers.start <= layer < self.layers.stop
