@@ -23,6 +23,8 @@ MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
 MODEL_NAME = "recall"
 NUM_BLOCKS = 80
 EMULATOR = ("--devices", "16", "--memory", "1GiB")
+TASK_QUEUE = {"TASK_QUEUE_ENABLE": "1"}
+"""torch_npu's default, for engines that shall have it; `engine()` does without and spares the host's cores."""
 
 
 @dataclass(frozen=True)
