@@ -24,7 +24,7 @@ MODEL_NAME = "recall"
 NUM_BLOCKS = 80
 EMULATOR = ("--devices", "16", "--memory", "1GiB")
 TASK_QUEUE = {"TASK_QUEUE_ENABLE": "1"}
-"""torch_npu's default, for engines that shall have it; `engine()` does without and spares the host's cores."""
+"""torch_npu's default, for engines that shall have it; `engine()` does without, to spare cores."""
 
 
 @dataclass(frozen=True)
