@@ -205,6 +205,10 @@ def engine(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if emulator is not None:
+        # A thread of torch_npu's task queue looks for work every microsecond: a fifth of a core for each rank
+        # that does nothing. An emulated device computes on the same cores.
+        environment["TASK_QUEUE_ENABLE"] = "0"
     return Server(name, command, port, log_dir / f"{name}.log", environment)
 
 

@@ -1,21 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` processes on emulated devices, the real router, the recall model: one start, many tests."""
+"""Fleets: `vllm serve` processes on emulated devices that one start brings up for many tests.
+
+A fleet is a function that makes its servers, engines and routers; a test names it by `on_fleet`. Starting
+takes most of the time, so an engine is both prefill and decode where it can be: every size is there once. A
+load that fails is an error everywhere, since an engine that computes the prompt itself would hide it.
+"""
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from recall import Question
-from servers import Server, engine, router, running
+from servers import Server, engine, free_port, router
 
 MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
 MODEL_NAME = "recall"
 NUM_BLOCKS = 80
+EMULATOR = ("--devices", "16", "--memory", "1GiB")
+TASK_QUEUE = {"TASK_QUEUE_ENABLE": "1"}
+"""torch_npu's default, for engines that shall have it; `engine()` does without, to spare cores."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Running servers, by name."""
+
+    folder: Path
+    """Their logs, and models that were made for them."""
+    servers: dict[str, Server]
+
+    def __getitem__(self, name: str) -> Server:
+        return self.servers[name]
+
+
+def on_fleet(make: Callable[[Path], list[Server]]) -> pytest.MarkDecorator:
+    """A test is given, as `fleet`, what `make` returns for a folder, running."""
+    return pytest.mark.parametrize("fleet", [make], indirect=True, scope="package", ids=[make.__name__])
+
+
+def recall_fleet(folder: Path) -> list[Server]:
+    """The recall model in every size, each engine feeding each; and one that serves something else."""
+    in_stages = ("--pipeline-parallel-size", "2")
+    # vLLM would start an API server for each rank. Sizes as deployments of earlier releases give them.
+    replicated = ("--data-parallel-size", "2", "--api-server-count", "1", "--served-model-name", "other")
+    sizes = {"prefill": {"tp_size": 1, "dp_size": 2}}
+    one = member("one", folder, [0])
+    two = member("two", folder, [1, 2])
+    four = member("four", folder, [3, 4, 5, 6], role="kv_producer")
+    ranks = {"kv_port": free_port(), "kv_connector_extra_config": sizes}
+    return [
+        *(one, two, four),
+        member("staged", folder, [7, 8], block_size=64, tp_size=1, options=in_stages),
+        member("replicated", folder, [9, 10], tp_size=1, options=replicated, **ranks),
+        router([two], [one], folder, name="two-to-one"),
+        router([four], [two], folder, name="four-to-two"),
+    ]
+
+
+def member(
+    name: str,
+    folder: Path,
+    devices: Sequence[int],
+    *,
+    role: str = "kv_both",
+    block_size: int = 128,
+    model: Path = MODEL,
+    tp_size: int | None = None,
+    options: Sequence[str] = (),
+    emulator: Sequence[str] = EMULATOR,
+    **transfer: Any,
+) -> Server:
+    """An engine of a fleet; `transfer` goes to its `--kv-transfer-config`."""
+    return engine(
+        name,
+        model,
+        devices=devices,
+        tp_size=tp_size,
+        log_dir=folder,
+        kv_transfer_config=connector(role, kv_load_failure_policy="fail", **transfer),
+        emulator=emulator,
+        options=(*engine_options(block_size), *options),
+    )
 
 
 def connector(role: str, **more: Any) -> dict[str, Any]:
@@ -31,53 +102,15 @@ def engine_options(block_size: int) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """A prefill engine, a decode engine, the router before them, and one ordinary engine to compare with."""
-
-    model: Path
-    block_size: int
-    prefill: Server
-    decode: Server
-    front: Server
-    ordinary: Server
-
-    @property
-    def servers(self) -> list[Server]:
-        return [self.prefill, self.decode, self.ordinary, self.front]
-
-
-def start_fleet(
-    log_dir: Path, prefill_tp: int, decode_tp: int, block_size: int, model: Path = MODEL
-) -> Iterator[Fleet]:
-    """Start a fleet, yield it, stop every process of it."""
-    options = engine_options(block_size)
-    log_dir = log_dir / f"tp-{prefill_tp}-to-{decode_tp}"
-    log_dir.mkdir()
-
-    def serve(name: str, devices: Sequence[int], role: str | None = None) -> Server:
-        config = None if role is None else connector(role)
-        return engine(
-            name, model, devices=devices, log_dir=log_dir, kv_transfer_config=config, options=options
-        )
-
-    prefill = serve("prefill", range(prefill_tp), "kv_producer")
-    decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer")
-    ordinary = serve("ordinary", [7])
-    fleet = Fleet(model, block_size, prefill, decode, router([prefill], [decode], log_dir), ordinary)
-    with running(fleet.servers):
-        yield fleet
-
-
 def complete(server: Server, question: Question, **more: Any) -> dict[str, Any]:
     """The server's answer to a question, greedy, to its full length."""
     return server.post("/v1/completions", body(question, **more))
 
 
-def prefilled(prefill: Server, question: Question) -> dict[str, Any]:
+def prefilled(prefill: Server, question: Question, **more: Any) -> dict[str, Any]:
     """Have the prompt computed and held: the `kv_transfer_params` that a router hands to a decode engine."""
     ask = {"do_remote_decode": True, "do_remote_prefill": False}
-    answer = prefill.post("/v1/completions", body(question, max_tokens=1, kv_transfer_params=ask))
+    answer = complete(prefill, question, max_tokens=1, kv_transfer_params=ask, **more)
     params: dict[str, Any] = answer["kv_transfer_params"]
     return params
 
@@ -100,6 +133,12 @@ def body(question: Question, **more: Any) -> dict[str, Any]:
 def text_of(answer: dict[str, Any]) -> str:
     text: str = answer["choices"][0]["text"]
     return text
+
+
+def log_probabilities_of(answer: dict[str, Any]) -> list[float]:
+    """Of an answer that was asked with `logprobs=0`: those of its tokens."""
+    numbers: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"]
+    return numbers
 
 
 def blocks_in_use(server: Server, num_blocks: int = NUM_BLOCKS) -> float:

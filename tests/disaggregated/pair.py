@@ -15,6 +15,7 @@ import httpx
 from disaggregated.fleet import (
     MODEL,
     MODEL_NAME,
+    TASK_QUEUE,
     blocks_in_use,
     body,
     connector,
@@ -102,7 +103,7 @@ def running_pair(log_dir: Path) -> Iterator[Pair]:
         server = engine(
             name, MODEL, devices=[device], log_dir=log_dir, kv_transfer_config=config, options=options
         )
-        server.environment["VLLM_ASCEND_KV_SECRET"] = SECRET
+        server.environment |= TASK_QUEUE | {"VLLM_ASCEND_KV_SECRET": SECRET}
         return server
 
     limits = ("--max-num-seqs", str(MAX_RUNNING), "--max-num-queued-reqs", str(MAX_REQUESTS))

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 from disaggregated.fleet import (
     MODEL,
     NUM_BLOCKS,
+    TASK_QUEUE,
     blocks_in_use,
     body,
     connector,
@@ -494,7 +495,9 @@ def main() -> None:
             kv_transfer_config=config,
             options=engine_options(block_size),
         )
-        server.environment |= FEW_PRIMITIVES | {"VLLM_ASCEND_KV_SECRET": "the secret of this soak"}
+        server.environment |= (
+            TASK_QUEUE | FEW_PRIMITIVES | {"VLLM_ASCEND_KV_SECRET": "the secret of this soak"}
+        )
         return server
 
     prefill = serve("prefill", range(prefill_tp), "kv_producer", prefill_block)
