@@ -8,7 +8,8 @@ right answers are known: of all lengths, with shared prefixes, streamed, several
 refused ones, by clients that leave, with loads that fail. With `--kills 3` an engine is killed three times on
 the way and started again. It prints how far it is, and at the end one line of JSON: what became of the
 requests, what both engines hold then, and how memory, descriptors and threads of each process have grown
-since everything had been used once. The exit status tells whether all is well.
+since everything had been used once; those of an engine that was killed, since a while after its start. The
+exit status tells whether all is well.
 
 `tests/disaggregated/test_soak.py` runs a little of it.
 """
@@ -51,6 +52,7 @@ from disaggregated.fleet import (
     prefilled,
     same_table_other_order,
 )
+from disaggregated.footprints import Footprint, footprints
 from recall import Question, make_question
 from servers import Server, ServerFailed, engine, router, running
 
@@ -298,9 +300,10 @@ def run(
     numbers: range,
     tally: Tally,
     outages: Outages,
+    first: dict[str, Footprint],
     tell: Callable[[str], None],
 ) -> None:
-    """Ask the questions of these numbers."""
+    """Ask the questions of these numbers. The footprints of an engine that was killed are taken anew."""
 
     def one(number: int) -> None:
         outages.wait_for_end()
@@ -325,11 +328,17 @@ def run(
                 tally.add(kind.__name__, "error", f"request {number}: {error!r}")
 
     began_s = time.monotonic()
-    victims = random.Random(plan.seed)
+    victims, warm = random.Random(plan.seed), dict[int, Server]()
     with ThreadPoolExecutor(plan.at_once) as pool:
         for number, _ in zip(numbers, pool.map(one, numbers), strict=True):
             if number in plan.kills_after():
-                outages.kill(victims.choice([engines.prefill, engines.decode]), tell)
+                victim = victims.choice([engines.prefill, engines.decode])
+                outages.kill(victim, tell)
+                for name in [name for name in first if name.startswith(f"{victim.name}/")]:
+                    del first[name]
+                warm[number + plan.warm_up] = victim
+            if number in warm:
+                first |= footprints([warm[number]])
             if number % 50 == 0:
                 tell(f"{time.monotonic() - began_s:5.0f} s  request {number}  {dict(tally.outcomes)}")
 
@@ -343,46 +352,6 @@ def settled(engines: Engines) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What a process takes of its host."""
-
-    memory_mib: int
-    descriptors: int
-    threads: int
-
-
-def footprints(servers: Sequence[Server]) -> dict[str, Footprint]:
-    """Of every process of the servers, by server and place in the order of their starts."""
-    found = {}
-    for server in servers:
-        members = sorted(
-            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _group_of(pid) == server.pid
-        )
-        for place, pid in enumerate(members):
-            if (footprint := _footprint(Path("/proc", str(pid)))) is not None:
-                found[f"{server.name}/{place}"] = footprint
-    return found
-
-
-def _group_of(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:  # it has ended
-        return None
-
-
-def _footprint(process: Path) -> Footprint | None:
-    try:
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        descriptors = len(os.listdir(process / "fd"))
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return None
-    if "VmRSS" not in status:  # it is about to
-        return None
-    return Footprint(int(status["VmRSS"].split()[0]) // 1024, descriptors, int(status["Threads"]))
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The last line."""
 
@@ -391,7 +360,7 @@ class Verdict:
     kinds: dict[str, int]
     complaints: list[str]
     killed: list[str]
-    """Engines, whose new processes are not compared with the old ones."""
+    """Engines, whose processes are compared with what they took some time after their last start."""
     blocks_in_use: dict[str, float]
     failed_loads: dict[str, float]
     """By the decode engine's own count; those that were asked for are of kind refused."""
@@ -418,10 +387,11 @@ def judge(
     """What became of it all, once the last answer is there."""
     held = settled(engines)
     last = footprints([engines.prefill, engines.decode, engines.front])
-    lived = {name for name in first.keys() | last.keys() if name.partition("/")[0] not in outages.victims}
+    measured = {name.partition("/")[0] for name in first}
+    lived = {name for name in first.keys() | last.keys() if name.partition("/")[0] in measured}
     growth = {
         name: {unit: [getattr(first[name], unit), getattr(last[name], unit)] for unit in vars(may_grow)}
-        for name in sorted(lived & first.keys() & last.keys())
+        for name in sorted(first.keys() & last.keys())
     }
     too_much = [f"{name} was not there before" for name in lived - first.keys()]
     too_much += [f"{name} has ended" for name in lived - last.keys()]
@@ -451,10 +421,10 @@ def soak(
 ) -> Verdict:
     """Ask all questions of the plan. Processes may grow by `may_grow` each after the first ones."""
     tally, outages = Tally(), Outages()
-    run(engines, plan, range(plan.warm_up), tally, outages, tell)
+    run(engines, plan, range(plan.warm_up), tally, outages, {}, tell)
     settled(engines)
     first = footprints([engines.prefill, engines.decode, engines.front])
-    run(engines, plan, range(plan.warm_up, plan.warm_up + plan.requests), tally, outages, tell)
+    run(engines, plan, range(plan.warm_up, plan.warm_up + plan.requests), tally, outages, first, tell)
     return judge(engines, tally, outages, first, may_grow)
 
 
@@ -480,12 +450,15 @@ def main() -> None:
     )
     log_dir = Path(tempfile.mkdtemp(prefix="soak-"))
     tell(f"logs in {log_dir}")
+    # Blocks that a killed engine was to read are free when their leases end. Without kills no lease ends:
+    # blocks are free because both sides said so.
+    lease_s = 30 if options.kills else 300
 
     def serve(name: str, devices: range, role: str, block_size: int) -> Server:
         config = connector(
             role,
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"verify": True, "lease_s": 300},
+            kv_connector_extra_config={"verify": True, "lease_s": lease_s},
         )
         server = engine(
             name,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A little of soak.py, on engines that other tests have used."""
 
+from disaggregated.footprints import Footprint
 from disaggregated.pair import Pair
-from disaggregated.soak import KINDS, Engines, Footprint, Plan, soak
+from disaggregated.soak import KINDS, Engines, Plan, soak
 
 
 def test_sixty_requests_of_every_kind(pair: Pair):
