@@ -89,6 +89,11 @@ FEATURES = (
         "refused by name at the start",
         f"{_REFUSALS}::test_options_are_refused_by_name",
     ),
+    Feature(
+        "Embeddings by OpenAI's API (`/v1/embeddings`), scores and ranks by them (`/score`, `/rerank`)",
+        "transformers; cosine distance below 0.0001, the same ranks",
+        "engine/test_pooling_server.py::test_embeddings_are_those_of_transformers",
+    ),
     Feature("Priority scheduling", "the lowest number is served first", f"{_FEATURES}::test_priorities"),
     Feature(
         "Asynchronous scheduling",

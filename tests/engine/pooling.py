@@ -15,6 +15,7 @@ import transformers
 from engine.models import VOCAB_SIZE, Tiny, random_prompts
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 PROMPT_LENGTHS = (5, 16, 17, 33, 48, 64, 97, 130)
 """Beyond every window, and beyond a batch of 96 where a prompt can be computed in chunks."""
@@ -154,9 +155,10 @@ def prompts_of(name: str) -> list[Prompt]:
 
 
 def save(name: str, folder: Path) -> None:
-    """Write the checkpoint, and a tokenizer whose words are w0, w1 and so on."""
+    """Write the checkpoint, and a tokenizer of words w0, w1 and so on with blanks between."""
     POOLING_FAMILIES[name].tiny.save(folder)
     words = Tokenizer(WordLevel({f"w{token}": token for token in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
