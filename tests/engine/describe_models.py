@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.families import FAMILIES, LOG_PROBABILITY_TOLERANCE, NUM_NEW_TOKENS, PROMPT_LENGTHS
+from engine.pictures import DISAGGREGATED, QUESTIONS, SEEING
+from engine.pictures import NUM_NEW_TOKENS as NUM_NEW_TOKENS_ABOUT_PICTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 _START = "<!-- models: written by tests/engine/describe_models.py -->\n"
@@ -39,6 +41,17 @@ def _table() -> str:
     ]
     for name, family in FAMILIES.items():
         lines.append(f"| {name} | {family.shows} | {', '.join(('one NPU', *family.spread))} |")
+    asked = f"{len(QUESTIONS)} × {NUM_NEW_TOKENS_ABOUT_PICTURES} tokens, asked twice"
+    lines += [
+        "",
+        f"{len(SEEING)} that see, compared in the same way ({asked}), with up to two pictures in a prompt:",
+        "",
+        "| architecture | what it has that not every one has | on |",
+        "|---|---|---|",
+    ]
+    for name, model in SEEING.items():
+        places = "one NPU, TP 2 → 1" if name == DISAGGREGATED else "one NPU"
+        lines.append(f"| {name} | {model.shows} | {places} |")
     return "\n".join(lines) + "\n"
 
 

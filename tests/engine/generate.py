@@ -56,7 +56,6 @@ def main(jobs: Path, results: Path) -> None:
 def run(job: Job) -> list[list[Answer]]:
     """Start an engine for the job, ask it everything, stop it."""
     from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     options = dict(job.options)
     if job.port is not None:
@@ -69,15 +68,22 @@ def run(job: Job) -> list[list[Answer]]:
     answers = []
     for batch in job.batches:
         prompts = [{"prompt_token_ids": prompt} for prompt in batch]
-        answers.append([_answer(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    # It collects the garbage too.
-    cleanup_dist_env_and_memory()
+        answers.append([answer_of(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
+    stop(llm)
     return answers
 
 
-def _answer(request: Any) -> Answer:
+def stop(llm: Any) -> None:
+    """End an engine whose first worker is this process; the caller's `llm` is of no use afterwards."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    # It collects the garbage too.
+    cleanup_dist_env_and_memory()
+
+
+def answer_of(request: Any) -> Answer:
+    """What the engine answered to one request."""
     output = request.outputs[0]
     chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
     return Answer(list(output.token_ids), chosen, request.num_cached_tokens)
