@@ -63,6 +63,11 @@ python_packages() {
   # shellcheck disable=SC2046
   VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
     "${pip[@]}" --no-build-isolation --no-binary vllm $(pins dependencies vllm)
+  say "torchvision"
+  # A folder of its own, named to the processes that prepare pictures. Beside torch's CPU build the registry's
+  # torchvision breaks every import of transformers in a process that does not load the plugin.
+  # shellcheck disable=SC2046
+  "${pip[@]}" --no-deps --upgrade --target .venv/pictures $(pins extra pictures)
   say "vllm-ascend, with the emulated Ascend device"
   PATH="$PWD/.venv/bin:$PATH" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
     "${pip[@]}" --no-build-isolation --no-deps --editable .

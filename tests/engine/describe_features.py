@@ -94,6 +94,16 @@ FEATURES = (
         "transformers; cosine distance below 0.0001, the same ranks",
         "engine/test_pooling_server.py::test_embeddings_are_those_of_transformers",
     ),
+    Feature(
+        "Pictures in prompts, their prefixes cached by what they show",
+        "transformers, three architectures; the same tokens, log-probabilities within 0.001",
+        "engine/test_pictures.py::test_tokens_and_log_probabilities_are_those_of_transformers",
+    ),
+    Feature(
+        "Pictures in chat requests, of one engine and through two",
+        "transformers; the same tokens",
+        "disaggregated/test_pictures.py::test_two_engines_answer_as_transformers_does",
+    ),
     Feature("Priority scheduling", "the lowest number is served first", f"{_FEATURES}::test_priorities"),
     Feature(
         "Asynchronous scheduling",

@@ -58,7 +58,7 @@ def run(job: Job) -> list[list[Answer]]:
     answers = []
     for batch in job.batches:
         prompts = [{"prompt_token_ids": prompt} for prompt in batch]
-        answers.append([_answer(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
+        answers.append([answer_of(request) for request in llm.generate(prompts, sampling, use_tqdm=False)])
     stop(llm)
     return answers
 
@@ -92,7 +92,8 @@ def stop(llm: Any) -> None:
     cleanup_dist_env_and_memory()
 
 
-def _answer(request: Any) -> Answer:
+def answer_of(request: Any) -> Answer:
+    """What the engine answered to one request."""
     output = request.outputs[0]
     chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
     return Answer(list(output.token_ids), chosen, request.num_cached_tokens)

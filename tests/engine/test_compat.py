@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from engine.pictures import environment
 
 from vllm_ascend.compat import cuda_streams_are_npu_streams
 
@@ -55,3 +56,33 @@ def test_a_reader_without_a_message_leaves_the_core_where_cores_are_few(devices:
         text=True,
     ).stdout
     assert (float(printed.splitlines()[-1]) < 0.1) == sleeps
+
+
+SHRINK = """
+import torch, torchvision
+from torchvision.transforms.v2 import functional
+
+assert functional.resize(torch.ones(3, 8, 6), [4, 3]).shape == (3, 4, 3)
+if not torchvision.extension._has_ops():
+    try:
+        torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except NotImplementedError:
+        print("refused")
+"""
+
+
+def test_torchvision_prepares_pictures_whether_its_library_loads_or_not() -> None:
+    """Where it does not, `import torchvision` fails without the plugin; its operators are refused with it."""
+    scripts = (SHRINK, "import vllm_ascend; vllm_ascend.register()" + SHRINK)
+    plain, helped = (
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for script in scripts
+    )
+    assert helped.returncode == 0, helped.stderr
+    assert (plain.returncode != 0) == ("refused" in helped.stdout)

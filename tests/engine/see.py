@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks models that see, in a process of its own: `-m engine.see FOLDER WHOM NAME...`, names of `pictures`.
+
+Writes a checkpoint FOLDER/NAME for each architecture, has transformers answer, and engines too if WHOM is
+`engines`, and writes all to FOLDER/answers.json: by name what transformers answers (`expected`), and time by
+time what the engine does (`given`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.generate import answer_of, start, stop, without_multiprocessing
+from engine.launch import ON_EMULATOR_WITH_FLOAT32, job
+from engine.pictures import (
+    BLOCK_SIZE,
+    NUM_NEW_TOKENS,
+    QUESTIONS,
+    SEEING,
+    environment,
+    pictures_of,
+    prompt_of,
+    save,
+)
+
+TIMES = 2
+"""From the second time on prefixes are cached, those with pictures too."""
+_TESTS = Path(__file__).parents[1]
+
+
+def run(folder: Path, whom: str, names: Sequence[str]) -> dict[str, Any]:
+    """Start that process and return what it writes; what it printed is in the error."""
+    done = subprocess.run(
+        [sys.executable, *ON_EMULATOR_WITH_FLOAT32, "-m", "engine.see", folder, whom, *names],
+        env=os.environ | environment(_TESTS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    answers: dict[str, Any] = json.loads((folder / "answers.json").read_text())
+    return answers
+
+
+def main(folder: Path, whom: str, names: Sequence[str]) -> None:
+    from vllm_ascend.compat import declare_operators_that_torchvision_lacks
+
+    # Before transformers is imported.
+    declare_operators_that_torchvision_lacks()
+    if whom == "engines":
+        without_multiprocessing()
+    answers = {}
+    for name in names:
+        save(name, folder / name)
+        answers[name] = {
+            "expected": expected(name, folder / name),
+            "given": given(name, folder / name) if whom == "engines" else [],
+        }
+    (folder / "answers.json").write_text(json.dumps(answers))
+
+
+def expected(name: str, folder: Path) -> list[dict[str, Any]]:
+    """What transformers generates, greedily, in float32 on the CPU."""
+    import torch
+    import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    model = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    answers = []
+    for question in QUESTIONS:
+        inputs = processor(
+            text=[prompt_of(SEEING[name], question)],
+            images=pictures_of(question) or None,
+            return_tensors="pt",
+        )
+        output = model.eval().generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=NUM_NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        chosen = torch.cat(output.logits).log_softmax(-1).gather(1, new[:, None])[:, 0]
+        answers.append(
+            {
+                "num_prompt_tokens": inputs["input_ids"].shape[1],
+                "tokens": new.tolist(),
+                "log_probabilities": chosen.tolist(),
+            }
+        )
+    return answers
+
+
+def given(name: str, folder: Path) -> list[list[dict[str, Any]]]:
+    """What an engine generates, time by time."""
+    from vllm import SamplingParams
+
+    usual = job(folder, [], NUM_NEW_TOKENS, dtype="float32", block_size=BLOCK_SIZE)
+    llm = start(usual.model, usual.options | {"limit_mm_per_prompt": {"image": 2, "video": 0}}, usual.port)
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, logprobs=0)
+    requests = [
+        {"prompt": prompt_of(SEEING[name], question)}
+        | ({"multi_modal_data": {"image": pictures_of(question)}} if question.pictures else {})
+        for question in QUESTIONS
+    ]
+    answers = [
+        [asdict(answer_of(output)) for output in llm.generate(requests, sampling, use_tqdm=False)]
+        for _ in range(TIMES)
+    ]
+    stop(llm)
+    return answers
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
