@@ -41,7 +41,7 @@ _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
 
 _PUNICA = "vllm_ascend.ops.lora.NPUPunicaWrapper"
 
-DRAFTERS = ("ngram", "draft_model")
+DRAFTERS = ("ngram", "draft_model", "eagle", "mtp")
 """Ways of vLLM to draft tokens that were seen to work here, with drafts kept and drafts rejected."""
 
 

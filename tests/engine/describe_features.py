@@ -84,7 +84,12 @@ FEATURES = (
         f"{_FEATURES}::test_a_drafter_changes_no_token",
     ),
     Feature(
-        "Speculative decoding: EAGLE, MTP, Medusa, suffix and others; parallel drafting; other ways to "
+        "Speculative decoding: EAGLE, MTP",
+        "transformers; the same tokens, and as many drafts kept as with a head of transformers' modules",
+        f"{_FEATURES}::test_a_head_changes_no_token_and_its_drafts_are_kept",
+    ),
+    Feature(
+        "Speculative decoding: EAGLE-3, Medusa, suffix and others; parallel drafting; other ways to "
         "reject; with a KV connector",
         "refused by name at the start",
         f"{_REFUSALS}::test_options_are_refused_by_name",
