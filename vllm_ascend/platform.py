@@ -41,7 +41,7 @@ _COMMUNICATOR = "vllm_ascend.distributed.communicator.NPUCommunicator"
 
 _PUNICA = "vllm_ascend.ops.lora.NPUPunicaWrapper"
 
-DRAFTERS = ("ngram", "draft_model")
+DRAFTERS = ("ngram", "draft_model", "eagle", "mtp")
 """Ways of vLLM to draft tokens that were seen to work here, with drafts kept and drafts rejected."""
 
 
@@ -341,8 +341,17 @@ def _speculative_wishes(vllm_config: VllmConfig) -> dict[str, bool]:
         f"speculative_config with method={speculative.method}": speculative.method not in DRAFTERS,
         "speculative_config with parallel_drafting": bool(speculative.parallel_drafting),
         f"speculative_config with rejection_sample_method={sampling}": sampling != "standard",
-        "speculative_config with kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        **_beside_connector(vllm_config, str(speculative.method)),
     }
+
+
+def _beside_connector(vllm_config: VllmConfig, method: str) -> dict[str, bool]:
+    """Drafts beside a KV connector, but for those of a decode engine that come from the prompt alone."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return {}
+    name = f"speculative_config with method={method} and kv_transfer_config with kv_role={transfer.kv_role}"
+    return {name: (method, transfer.kv_role) != ("ngram", "kv_consumer")}
 
 
 def _check_device_count(vllm_config: VllmConfig) -> None:

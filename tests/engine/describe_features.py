@@ -84,8 +84,18 @@ FEATURES = (
         f"{_FEATURES}::test_a_drafter_changes_no_token",
     ),
     Feature(
-        "Speculative decoding: EAGLE, MTP, Medusa, suffix and others; parallel drafting; other ways to "
-        "reject; with a KV connector",
+        "Speculative decoding: EAGLE, MTP",
+        "transformers; the same tokens, and as many drafts kept as with a head of transformers' modules",
+        f"{_FEATURES}::test_a_head_changes_no_token_and_its_drafts_are_kept",
+    ),
+    Feature(
+        "Speculative decoding: n-gram on a decode engine that pulls KV",
+        "right answers known beforehand, with drafts kept and drafts rejected",
+        "disaggregated/test_drafts.py::test_answers_are_right_with_drafts_kept_and_rejected",
+    ),
+    Feature(
+        "Speculative decoding: EAGLE-3, Medusa, suffix and others; parallel drafting; other ways to "
+        "reject; beside a KV connector otherwise",
         "refused by name at the start",
         f"{_REFUSALS}::test_options_are_refused_by_name",
     ),

@@ -19,10 +19,13 @@ from engine.adapters import save_adapter, save_merged
 from engine.ask import Inquiry, Question, Reply, Report
 from engine.describe_features import DOCUMENT, FEATURES, with_table
 from engine.drafters import save_noisy_copy
+from engine.heads import Head, save_with_eagle_head, save_with_next_token_layer
 from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, started
 from engine.models import QUESTIONS, RECALL_FOLDER, random_prompts
 
 NUM_TOKENS = 16
+NUM_DRAFTS = 3
+METHODS = ("eagle", "mtp")
 SHORT, LONG = random_prompts((20, 110))
 TOLERANCE = 1e-3
 """Of log-probabilities in float32."""
@@ -42,6 +45,8 @@ class Folders:
     merged: list[Path]
     drafter: Path
     """A model that drafts for `llama`."""
+    heads: Path
+    """Of models with a head that drafts for them, one for each of METHODS, and of EAGLE's head."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,16 @@ def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         save_adapter(llama, adapter, seed)
         save_merged(llama, adapter, model)
     save_noisy_copy(llama, folder / "noisy")
-    return Folders(llama, adapters, merged, folder / "noisy")
+    (folder / "heads").mkdir()
+    return Folders(llama, adapters, merged, folder / "noisy", folder / "heads")
+
+
+@pytest.fixture(scope="module")
+def heads(folders: Folders) -> dict[str, Head]:
+    return {
+        "eagle": save_with_eagle_head(folders.heads / "eagle", folders.heads / "eagle_head"),
+        "mtp": save_with_next_token_layer(folders.heads / "mtp"),
+    }
 
 
 def of_random_model() -> dict[str, Question]:
@@ -87,10 +101,23 @@ IN_WORDS: dict[str, Question] = {
 
 
 def with_a_drafter(folders: Folders) -> Inquiry:
-    speculative = {"method": "draft_model", "num_speculative_tokens": 3, "model": str(folders.drafter)}
-    options = usual(speculative_config=speculative, skip_tokenizer_init=True)
+    speculative = {"method": "draft_model", "model": str(folders.drafter)}
+    return drafted(folders.llama, speculative)
+
+
+def with_a_head(folders: Folders, method: str) -> Inquiry:
+    speculative = {"method": method}
+    if method == "eagle":
+        speculative["model"] = str(folders.heads / "eagle_head")
+    # After a chunk of a prompt, vLLM gives a head the prompt's last token, not the one that comes next.
+    return drafted(folders.heads / method, speculative, max_num_batched_tokens=256)
+
+
+def drafted(model: Path, speculative: dict[str, str], **more: Any) -> Inquiry:
+    options = usual(speculative_config=speculative | {"num_speculative_tokens": NUM_DRAFTS}) | more
+    options["skip_tokenizer_init"] = True
     asked = [Question(LONG, GREEDY), Question(SHORT, GREEDY | {"temperature": 1.0, "top_k": 1})]
-    return Inquiry(str(folders.llama), options, [asked])
+    return Inquiry(str(model), options, [asked])
 
 
 def usual(**options: Any) -> dict[str, Any]:
@@ -129,11 +156,15 @@ def inquiries(folders: Folders) -> list[Inquiry]:
             [[Question(q.prompt, GREEDY | {"max_tokens": 32}) for q in QUESTIONS[:4]]],
         ),
         with_a_drafter(folders),
+        *(with_a_head(folders, method) for method in METHODS),
     ]
 
 
 @pytest.fixture(scope="module")
-def engines(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def engines(
+    folders: Folders, heads: dict[str, Head], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """Needs the models that `heads` writes."""
     with started(inquiries(folders), tmp_path_factory.mktemp("asked"), ON_EMULATOR_WITH_FLOAT32) as running:
         yield running
 
@@ -294,6 +325,19 @@ def test_a_drafter_changes_no_token(reports: list[Report], folders: Folders) -> 
     for prompt, reply in zip((LONG, SHORT), report.batches[0], strict=True):
         assert_greedy(reply.completions[0].tokens, logits, prompt)
     assert 0 < report.accepted < report.drafted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_changes_no_token_and_its_drafts_are_kept(
+    method: str, reports: list[Report], heads: dict[str, Head]
+) -> None:
+    report, head = reports[4 + METHODS.index(method)], heads[method]
+    for prompt, reply in zip((LONG, SHORT), report.batches[0], strict=True):
+        assert reply.completions[0].tokens == head.continued(prompt, NUM_TOKENS)
+    counts = [head.drafted_and_kept(prompt, NUM_TOKENS, NUM_DRAFTS) for prompt in (LONG, SHORT)]
+    drafted, kept = (sum(count) for count in zip(*counts, strict=True))
+    assert 0 < kept < drafted
+    assert (report.drafted, report.accepted) == (drafted, kept)
 
 
 def test_the_table_of_features_is_in_step() -> None:

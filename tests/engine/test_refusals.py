@@ -63,8 +63,8 @@ def _environment_of_vllm() -> Any:
                 "speculative_config": NGRAM,
                 "kv_transfer_config": {"kv_connector": "MooncakeConnectorV1", "kv_role": "kv_producer"},
             },
-            "not there yet on NPUs: speculative_config with kv_transfer_config",
-            id="drafts beside a connector",
+            "speculative_config with method=ngram and kv_transfer_config with kv_role=kv_producer; remove it",
+            id="drafts of a prefill engine",
         ),
         pytest.param(
             {"moe_backend": "triton"},
