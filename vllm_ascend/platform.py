@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _GROUPED_BACKEND = "vllm_ascend.attention.backend.GroupedAttentionBackend"
+_CROSS_BACKEND = "vllm_ascend.attention.backend.CrossAttentionBackend"
 _LATENT_BACKEND = "vllm_ascend.attention.backend.LatentAttentionBackend"
 _BIDIRECTIONAL_BACKEND = "vllm_ascend.attention.backend.BidirectionalAttentionBackend"
 _LATENT_PREFILL = "vllm_ascend.attention.latent.LatentPrefill"
@@ -268,7 +269,8 @@ class NPUPlatform(Platform):
 def _backend_for(config: AttentionSelectorConfig) -> str:
     if config.use_mla:
         return _LATENT_BACKEND
-    return _BIDIRECTIONAL_BACKEND if config.attn_type == "encoder_only" else _GROUPED_BACKEND
+    others = {"encoder_only": _BIDIRECTIONAL_BACKEND, "encoder_decoder": _CROSS_BACKEND}
+    return others.get(config.attn_type, _GROUPED_BACKEND)
 
 
 def _refuse_graphs(vllm_config: VllmConfig) -> None:

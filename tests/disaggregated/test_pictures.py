@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 from disaggregated.fleet import MODEL_NAME, connector, engine_options
 from engine import see
-from engine.pictures import (
-    BLOCK_SIZE,
-    DISAGGREGATED,
-    NUM_NEW_TOKENS,
-    QUESTIONS,
-    SAME_WORDS,
-    chat_of,
-    environment,
-)
+from engine.pictures import DISAGGREGATED, QUESTIONS, SAME_WORDS, chat_of, environment
+from engine.sensing import BLOCK_SIZE, NUM_NEW_TOKENS
 from servers import Server, engine, router, running
 
 EMULATOR = ("--devices", "8", "--memory", "1GiB", "--allow-fp32")

@@ -110,6 +110,11 @@ FEATURES = (
         "engine/test_pictures.py::test_tokens_and_log_probabilities_are_those_of_transformers",
     ),
     Feature(
+        "Recordings, to which a decoder listens through an encoder",
+        "transformers, one architecture; the same tokens, log-probabilities within 0.001",
+        "engine/test_pictures.py::test_tokens_and_log_probabilities_are_those_of_transformers",
+    ),
+    Feature(
         "Pictures in chat requests, of one engine and through two",
         "transformers; the same tokens",
         "disaggregated/test_pictures.py::test_two_engines_answer_as_transformers_does",

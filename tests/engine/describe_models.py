@@ -11,9 +11,10 @@ from pathlib import Path
 
 from engine import pooling
 from engine.families import FAMILIES, LOG_PROBABILITY_TOLERANCE, NUM_NEW_TOKENS, PROMPT_LENGTHS
+from engine.hearing import HEARING
 from engine.pictures import DISAGGREGATED, QUESTIONS, SEEING
-from engine.pictures import NUM_NEW_TOKENS as NUM_NEW_TOKENS_ABOUT_PICTURES
 from engine.pooling import COSINE_DISTANCE_TOLERANCE, POOLING_FAMILIES, SCORE_TOLERANCE
+from engine.sensing import NUM_NEW_TOKENS as NUM_NEW_TOKENS_OF_SENSING
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -47,15 +48,16 @@ def _generating() -> str:
     ]
     for name, family in FAMILIES.items():
         lines.append(f"| {name} | {family.shows} | {', '.join(('one NPU', *family.spread))} |")
-    asked = f"{len(QUESTIONS)} × {NUM_NEW_TOKENS_ABOUT_PICTURES} tokens, asked twice"
+    senses = f"{len(SEEING)} that see, with up to two pictures in a prompt, and {len(HEARING)} that hears"
+    asked = f"{len(QUESTIONS)} × {NUM_NEW_TOKENS_OF_SENSING} tokens, asked twice"
     lines += [
         "",
-        f"{len(SEEING)} that see, compared in the same way ({asked}), with up to two pictures in a prompt:",
+        f"{senses}, compared in the same way ({asked}):",
         "",
         "| architecture | what it has that not every one has | on |",
         "|---|---|---|",
     ]
-    for name, model in SEEING.items():
+    for name, model in {**SEEING, **HEARING}.items():
         places = "one NPU, TP 2 → 1" if name == DISAGGREGATED else "one NPU"
         lines.append(f"| {name} | {model.shows} | {places} |")
     return "\n".join(lines) + "\n"

@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models that see, with processors and tokenizers written here, and what they are asked.
-
-Nothing here imports transformers: its modules for pictures need torchvision, which not every process has.
-`see` uses them, in a process of its own.
-"""
+"""Tiny models that see, and what they are asked; `see` asks."""
 
 from __future__ import annotations
 
 import base64
 import importlib.util
 import io
-import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engine.sensing import END_ID, FILM_ID, PICTURE_ID, START_ID, VOCAB_SIZE, Sensing, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NUM_NEW_TOKENS = 32
-BLOCK_SIZE = 16
 PICTURES_FOLDER = Path(sys.prefix) / "pictures"
 """Where the installer puts torchvision: not among the other packages, where it would break transformers
 in processes without the plugin, if its build does not fit torch's."""
-
-_NUM_WORDS = 506
-_SPECIALS = ["<bos>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-VOCAB_SIZE = _NUM_WORDS + len(_SPECIALS)
-PICTURE_ID, FILM_ID = _NUM_WORDS + 4, _NUM_WORDS + 5
-_START_ID, _END_ID = _NUM_WORDS + 2, _NUM_WORDS + 3
 
 
 @dataclass(frozen=True)
@@ -55,23 +44,6 @@ QUESTIONS = [
 SAME_WORDS = (2, 3)
 """Questions that differ only in what their picture shows."""
 
-
-@dataclass(frozen=True)
-class Seeing:
-    """One architecture; `config` names a configuration class of transformers, `sizes` fill it."""
-
-    config: str
-    shows: str
-    """For the table in docs/models.md."""
-    placeholder: str
-    """What stands for a picture in a prompt."""
-    sizes: dict[str, Any]
-    processors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Files of the checkpoint beside the model and the tokenizer."""
-    published: tuple[tuple[str, str], ...] = ()
-    """How names of weights begin in what transformers writes, and in the checkpoints that people have."""
-
-
 _TEXT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -85,12 +57,13 @@ _TEXT = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LIMITS = {"limit_mm_per_prompt": {"image": 2, "video": 0}}
 _MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
 _MARKS = {
     "image_token_id": PICTURE_ID,
     "video_token_id": FILM_ID,
-    "vision_start_token_id": _START_ID,
-    "vision_end_token_id": _END_ID,
+    "vision_start_token_id": START_ID,
+    "vision_end_token_id": END_ID,
     "tie_word_embeddings": False,
 }
 
@@ -110,7 +83,7 @@ def _patches(processor: str, kind: str) -> dict[str, dict[str, Any]]:
 
 
 SEEING = {
-    "Qwen2_5_VLForConditionalGeneration": Seeing(
+    "Qwen2_5_VLForConditionalGeneration": Sensing(
         "Qwen2_5_VLConfig",
         "pictures of any shape, windows in the tower, three positions a token (mrope)",
         _MARKED,
@@ -130,8 +103,9 @@ SEEING = {
             },
         },
         _patches("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+        options=_LIMITS,
     ),
-    "Qwen3VLForConditionalGeneration": Seeing(
+    "Qwen3VLForConditionalGeneration": Sensing(
         "Qwen3VLConfig",
         "layers of the tower feed layers of the text model; positions interleaved",
         _MARKED,
@@ -159,8 +133,9 @@ SEEING = {
             },
         },
         _patches("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+        options=_LIMITS,
     ),
-    "LlavaForConditionalGeneration": Seeing(
+    "LlavaForConditionalGeneration": Sensing(
         "LlavaConfig",
         "a CLIP tower, pictures cut to squares",
         "<|image_pad|>",
@@ -198,6 +173,7 @@ SEEING = {
             },
         },
         (("vision_tower.", "vision_tower.vision_model."),),
+        options=_LIMITS,
     ),
 }
 
@@ -205,10 +181,18 @@ DISAGGREGATED = "Qwen2_5_VLForConditionalGeneration"
 """The one that goes through two engines too, prefill with two ranks and decode with one."""
 
 
-def prompt_of(model: Seeing, question: Question) -> str:
-    """The question's words, its pictures between those before and those after."""
-    before, after = _words_of(question)
-    return " ".join([*before, *[model.placeholder] * len(question.pictures), *after])
+def request(name: str, question: Question) -> dict[str, Any]:
+    """The question as vLLM takes it."""
+    pictures = {"multi_modal_data": {"image": pictures_of(question)}} if question.pictures else {}
+    return {"prompt": _prompt_of(name, question)} | pictures
+
+
+def inputs(name: str, processor: Any, question: Question) -> dict[str, Any]:
+    """The question as the model of transformers takes it."""
+    inputs: dict[str, Any] = processor(
+        text=[_prompt_of(name, question)], images=pictures_of(question) or None, return_tensors="pt"
+    )
+    return inputs
 
 
 def pictures_of(question: Question) -> list[Image]:
@@ -239,31 +223,6 @@ def chat_of(question: Question) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": " ".join(after)}]}]
 
 
-def save(name: str, folder: Path) -> None:
-    """Write the checkpoint: float32, the same weights every time, tokenizer and processors."""
-    import torch
-    import transformers
-
-    model = SEEING[name]
-    torch.manual_seed(20)
-    config = getattr(transformers, model.config)(**model.sizes)
-    network = getattr(transformers, name)._from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for tensor in network.state_dict().values():
-            if tensor.dim() == 1:
-                tensor.add_(torch.randn_like(tensor), alpha=0.25)
-            else:
-                # Wide enough that an answer depends on every word and picture.
-                tensor.normal_(std=2 / tensor[0].numel() ** 0.5)
-        # Words alone are said.
-        network.get_output_embeddings().weight[_NUM_WORDS:] = 0
-    network.save_pretrained(folder)
-    _rename_weights(folder / "model.safetensors", model.published)
-    _save_tokenizer(folder, model)
-    for file, content in model.processors.items():
-        (folder / file).write_text(json.dumps(content))
-
-
 def environment(*folders: Path) -> dict[str, str]:
     """What a process that prepares pictures needs beside what this one has; it imports from `folders` too.
 
@@ -280,41 +239,12 @@ def environment(*folders: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
+def _prompt_of(name: str, question: Question) -> str:
+    """The question's words, its pictures between those before and those after."""
+    before, after = _words_of(question)
+    return " ".join([*before, *[SEEING[name].placeholder] * len(question.pictures), *after])
+
+
 def _words_of(question: Question) -> tuple[list[str], list[str]]:
-    words = [f"w{(7 * index * index + 3 * question.num_words) % _NUM_WORDS}" for index in range(200)]
-    return words[100 : 100 + question.num_words_before], words[: question.num_words]
-
-
-def _rename_weights(file: Path, beginnings: tuple[tuple[str, str], ...]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(file)
-    for written, published in beginnings:
-        weights = {name.replace(written, published, 1): tensor for name, tensor in weights.items()}
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def _save_tokenizer(folder: Path, model: Seeing) -> None:
-    import tokenizers
-    import transformers
-
-    words = [f"w{index}" for index in range(_NUM_WORDS)]
-    vocabulary = {word: index for index, word in enumerate([*words, *_SPECIALS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=_SPECIALS[2:],
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
-        model_max_length=512,
-    )
-    fast.chat_template = (
-        "{%- for message in messages -%}{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- else -%}"
-        + model.placeholder
-        # A blank in an expression: one beside a tag is stripped.
-        + "{%- endif -%}{{ ' ' }}{%- endfor -%}{%- endfor -%}"
-    )
-    fast.save_pretrained(folder)
+    seed = question.num_words
+    return words(seed, 100, 100 + question.num_words_before), words(seed, 0, question.num_words)

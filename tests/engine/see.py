@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks models that see, in a process of its own: `-m engine.see FOLDER WHOM NAME...`, names of `pictures`.
+"""Asks models that see or hear, in a process of its own: `-m engine.see FOLDER WHOM NAME...`.
 
-Writes a checkpoint FOLDER/NAME for each architecture, has transformers answer, and engines too if WHOM is
-`engines`, and writes all to FOLDER/answers.json: by name what transformers answers (`expected`), and time by
-time what the engine does (`given`).
+Writes a checkpoint FOLDER/NAME for each architecture of `pictures` and `hearing` that is named, has
+transformers answer, and engines too if WHOM is `engines`, and writes all to FOLDER/answers.json: by name what
+transformers answers (`expected`), and time by time what the engine does (`given`).
 """
 
 from __future__ import annotations
@@ -15,31 +15,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from engine import hearing, pictures
 from engine.generate import answer_of, start, stop, without_multiprocessing
 from engine.launch import ON_EMULATOR_WITH_FLOAT32, job
-from engine.pictures import (
-    BLOCK_SIZE,
-    NUM_NEW_TOKENS,
-    QUESTIONS,
-    SEEING,
-    environment,
-    pictures_of,
-    prompt_of,
-    save,
-)
+from engine.sensing import BLOCK_SIZE, NUM_NEW_TOKENS, Sensing, save
 
 TIMES = 2
 """From the second time on prefixes are cached, those with pictures too."""
 _TESTS = Path(__file__).parents[1]
+_MODELS: dict[str, Sensing] = {**pictures.SEEING, **hearing.HEARING}
 
 
 def run(folder: Path, whom: str, names: Sequence[str]) -> dict[str, Any]:
     """Start that process and return what it writes; what it printed is in the error."""
     done = subprocess.run(
         [sys.executable, *ON_EMULATOR_WITH_FLOAT32, "-m", "engine.see", folder, whom, *names],
-        env=os.environ | environment(_TESTS),
+        env=os.environ | pictures.environment(_TESTS),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,7 +54,7 @@ def main(folder: Path, whom: str, names: Sequence[str]) -> None:
         without_multiprocessing()
     answers = {}
     for name in names:
-        save(name, folder / name)
+        save(name, _MODELS[name], folder / name)
         answers[name] = {
             "expected": expected(name, folder / name),
             "given": given(name, folder / name) if whom == "engines" else [],
@@ -78,13 +72,11 @@ def expected(name: str, folder: Path) -> list[dict[str, Any]]:
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     answers = []
-    for question in QUESTIONS:
-        inputs = processor(
-            text=[prompt_of(SEEING[name], question)],
-            images=pictures_of(question) or None,
-            return_tensors="pt",
-        )
-        output = model.eval().generate(
+    for question in _subject(name).QUESTIONS:
+        inputs = _subject(name).inputs(name, processor, question)
+        # Whisper's own way to generate cuts recordings and forces tokens.
+        output = transformers.GenerationMixin.generate(
+            model.eval(),
             **inputs,
             do_sample=False,
             max_new_tokens=NUM_NEW_TOKENS,
@@ -93,11 +85,12 @@ def expected(name: str, folder: Path) -> list[dict[str, Any]]:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        num_prompt_tokens = output.sequences.shape[1] - NUM_NEW_TOKENS
+        new = output.sequences[0, num_prompt_tokens:]
         chosen = torch.cat(output.logits).log_softmax(-1).gather(1, new[:, None])[:, 0]
         answers.append(
             {
-                "num_prompt_tokens": inputs["input_ids"].shape[1],
+                "num_prompt_tokens": num_prompt_tokens,
                 "tokens": new.tolist(),
                 "log_probabilities": chosen.tolist(),
             }
@@ -109,20 +102,22 @@ def given(name: str, folder: Path) -> list[list[dict[str, Any]]]:
     """What an engine generates, time by time."""
     from vllm import SamplingParams
 
-    usual = job(folder, [], NUM_NEW_TOKENS, dtype="float32", block_size=BLOCK_SIZE)
-    llm = start(usual.model, usual.options | {"limit_mm_per_prompt": {"image": 2, "video": 0}}, usual.port)
+    own = _MODELS[name].options
+    usual = job(folder, [], NUM_NEW_TOKENS, dtype="float32", block_size=BLOCK_SIZE, **own)
+    llm = start(usual.model, usual.options, usual.port)
     sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, logprobs=0)
-    requests = [
-        {"prompt": prompt_of(SEEING[name], question)}
-        | ({"multi_modal_data": {"image": pictures_of(question)}} if question.pictures else {})
-        for question in QUESTIONS
-    ]
+    requests = [_subject(name).request(name, question) for question in _subject(name).QUESTIONS]
     answers = [
         [asdict(answer_of(output)) for output in llm.generate(requests, sampling, use_tqdm=False)]
         for _ in range(TIMES)
     ]
     stop(llm)
     return answers
+
+
+def _subject(name: str) -> ModuleType:
+    """Where the model's questions are."""
+    return hearing if name in hearing.HEARING else pictures
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that see give the greedy tokens and log-probabilities of transformers, pictures among words."""
+"""Models that see or hear give the greedy tokens and log-probabilities of transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine import see
+from engine import hearing, pictures, see
 from engine.families import LOG_PROBABILITY_TOLERANCE
-from engine.pictures import BLOCK_SIZE, QUESTIONS, SAME_WORDS, SEEING
+from engine.hearing import HEARING
+from engine.pictures import QUESTIONS, SEEING
+from engine.sensing import BLOCK_SIZE
 
 MIN_DISTINCT_TOKENS = 4
 Answers = list[dict[str, Any]]
@@ -18,18 +20,18 @@ Answers = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `see` writes; one process starts all engines in turn."""
-    return see.run(tmp_path_factory.mktemp("pictures"), "engines", list(SEEING))
+    return see.run(tmp_path_factory.mktemp("pictures"), "engines", [*SEEING, *HEARING])
 
 
-@pytest.mark.parametrize("name", SEEING)
-def test_references_wander_and_look_at_the_pictures(name: str, answers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", [*SEEING, *HEARING])
+def test_references_wander_and_depend_on_what_is_seen_or_heard(name: str, answers: dict[str, Any]) -> None:
     tokens = [answer["tokens"] for answer in answers[name]["expected"]]
     assert all(len(set(output)) >= MIN_DISTINCT_TOKENS for output in tokens)
-    one, other = SAME_WORDS
+    one, other = hearing.SAME_WORDS if name in HEARING else pictures.SAME_WORDS
     assert tokens[one][:4] != tokens[other][:4]
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", [*SEEING, *HEARING])
 @pytest.mark.parametrize("time", range(see.TIMES))
 def test_tokens_and_log_probabilities_are_those_of_transformers(
     name: str, time: int, answers: dict[str, Any]

@@ -157,7 +157,9 @@ def test_engines_are_eager_without_being_asked(checkpoints: dict[str, Path]) -> 
             {"attn_type": "encoder_only", "use_kv_connector": True}, "KV connector", id="KV of an encoder"
         ),
         pytest.param(
-            {"attn_type": "encoder_decoder"}, "attention type encoder_decoder", id="cross-attention"
+            {"attn_type": "encoder_decoder", "use_kv_connector": True},
+            "KV connector",
+            id="KV that an encoder gave",
         ),
         pytest.param(
             {"use_mm_prefix": True},
@@ -188,6 +190,9 @@ def test_attention_is_refused_by_feature(features: dict[str, Any], reason: str) 
     encoder = AttentionSelectorConfig(**plain | {"attn_type": "encoder_only", "head_size": 24})
     taken = current_platform.get_attn_backend_cls(None, encoder)
     assert taken == "vllm_ascend.attention.backend.BidirectionalAttentionBackend"
+    cross = AttentionSelectorConfig(**plain | {"attn_type": "encoder_decoder"})
+    taken = current_platform.get_attn_backend_cls(None, cross)
+    assert taken == "vllm_ascend.attention.backend.CrossAttentionBackend"
     with pytest.raises(ValueError, match=reason):
         current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**plain | features))
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM's attention selector asks before it takes one of the backends: types, sizes, layouts.
 
-There are three: grouped heads and latents (MLA), both over paged KV, and attention in both directions, which
-keeps none. Which one a layer gets is NPUPlatform's answer.
+There are four: grouped heads and latents (MLA), both over paged KV; grouped heads over KV that came from an
+encoder; and attention in both directions, which keeps none. Which one a layer gets is NPUPlatform's answer.
 
-A feature that is not listed here (ALiBi, encoders beside decoders, FP8 caches) is refused by name: by the
-selector, or by the implementation where the selector does not ask.
+A feature that is not listed here (ALiBi, FP8 caches) is refused by name: by the selector, or by the
+implementation where the selector does not ask.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from vllm_ascend.attention.bidirectional import BidirectionalAttention, BidirectionalMetadataBuilder
+    from vllm_ascend.attention.cross import CrossAttention, CrossAttentionMetadataBuilder
     from vllm_ascend.attention.grouped import GroupedAttention
     from vllm_ascend.attention.latent import LatentAttention
     from vllm_ascend.attention.latent_metadata import LatentMetadataBuilder
@@ -113,6 +114,30 @@ class GroupedAttentionBackend(_PagedBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         return True
+
+
+class CrossAttentionBackend(GroupedAttentionBackend):
+    """The same heads over KV that the request's encoder gave, in pages of a group of their own."""
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.ENCODER_DECODER
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @staticmethod
+    def get_impl_cls() -> type[CrossAttention]:
+        from vllm_ascend.attention.cross import CrossAttention
+
+        return CrossAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[CrossAttentionMetadataBuilder]:
+        from vllm_ascend.attention.cross import CrossAttentionMetadataBuilder
+
+        return CrossAttentionMetadataBuilder
 
 
 class LatentAttentionBackend(_PagedBackend):

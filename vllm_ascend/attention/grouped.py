@@ -23,6 +23,7 @@ from vllm_ascend.attention.capped import CappedAttention
 from vllm_ascend.attention.metadata import GroupedAttentionMetadata
 from vllm_ascend.errors import ConfigError
 
+EVERYTHING = 0
 CAUSAL_FROM_BOTTOM_RIGHT = 3
 BAND_FROM_BOTTOM_RIGHT = 4
 """`sparse_mode` of npu_fused_infer_attention_score; a band ends where `pre_tokens` and `next_tokens` say."""
@@ -61,7 +62,7 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._visible = _visible(sliding_window)
+        self._visible = self._keys_seen(sliding_window)
         self._sinks = sinks
         self._capped = CappedAttention(scale, logits_soft_cap, sliding_window) if logits_soft_cap else None
         self._owns_cache = kv_sharing_target_layer_name is None
@@ -91,14 +92,7 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         num_tokens, num_sequences = attn_metadata.num_tokens, attn_metadata.paging.num_sequences
         key_cache, value_cache = attn_metadata.paging.caches(kv_cache)
         if self._owns_cache:
-            rows = (len(attn_metadata.slots), *key_cache.shape[2:])
-            torch_npu._npu_reshape_and_cache(
-                key[:num_tokens].reshape(rows),
-                value[:num_tokens].reshape(rows),
-                key_cache,
-                value_cache,
-                attn_metadata.slots,
-            )
+            self._store(key, value, key_cache, value_cache, attn_metadata)
         attend = self._attend if self._capped is None else self._capped.attend
         by_token = (num_tokens, num_sequences, -1, self.head_size)
         by_sequence = query[:num_tokens].view(by_token).transpose(0, 1).flatten(0, 1)
@@ -107,6 +101,18 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
         output[:num_tokens].view(by_token).copy_(by_head.transpose(0, 1))
         output[num_tokens:].zero_()
         return output
+
+    def _store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: GroupedAttentionMetadata,
+    ) -> None:
+        """Keep the step's K and V. The caches are as `Paging` gives them."""
+        tokens = slice(metadata.num_tokens)
+        put(key[tokens], value[tokens], key_cache, value_cache, metadata.slots)
 
     def _attend(
         self,
@@ -148,10 +154,27 @@ class GroupedAttention(AttentionImpl[GroupedAttentionMetadata]):
             parts.append(attended)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @staticmethod
+    def _keys_seen(sliding_window: int | None) -> dict[str, int]:
+        """The operator's arguments that say which keys a row sees: all up to its own, or the last of them."""
+        if sliding_window is None:
+            return {"sparse_mode": CAUSAL_FROM_BOTTOM_RIGHT}
+        # vLLM counts the row's own token to the window and the operator does not.
+        return {"sparse_mode": BAND_FROM_BOTTOM_RIGHT, "pre_tokens": sliding_window - 1, "next_tokens": 0}
 
-def _visible(sliding_window: int | None) -> dict[str, int]:
-    """The operator's arguments that say which keys a row sees: all up to its own, or the last of them."""
-    if sliding_window is None:
-        return {"sparse_mode": CAUSAL_FROM_BOTTOM_RIGHT}
-    # vLLM counts the row's own token to the window and the operator does not.
-    return {"sparse_mode": BAND_FROM_BOTTOM_RIGHT, "pre_tokens": sliding_window - 1, "next_tokens": 0}
+
+def put(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Store rows at their slots. The caches and slots are as `Paging` gives them.
+
+    key, value: [rows, num_kv_heads, head_size].
+    """
+    by_sequence = (len(slots), *key_cache.shape[2:])
+    torch_npu._npu_reshape_and_cache(
+        key.reshape(by_sequence), value.reshape(by_sequence), key_cache, value_cache, slots
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig
@@ -51,12 +52,14 @@ class GroupedAttentionMetadata(AttentionMetadata):
     Counted in rows of half-pages. Negative: nowhere.
     """
     paging: Paging
-    mask: torch.Tensor
-    """int8 [2048, 2048], on the device, 1 above the diagonal."""
+    mask: torch.Tensor | None
+    """int8 [2048, 2048], on the device, 1 above the diagonal; None: every row sees all KV of its sequence."""
 
 
 class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionMetadata]):
     """Builds the metadata of one KV cache group. Raises ConfigError for one that is not causal."""
+
+    metadata_cls: ClassVar[type[GroupedAttentionMetadata]] = GroupedAttentionMetadata
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
                 "not do that yet"
             )
         self._block_size = kv_cache_spec.block_size
-        self._mask = causal_mask(device)
+        self._mask: torch.Tensor | None = causal_mask(device)
         self._drafts = vllm_config.speculative_config is not None
         self._head_major = is_head_major(vllm_config)
         self._forward_context = vllm_config.compilation_config.static_forward_context
@@ -90,7 +93,7 @@ class GroupedAttentionMetadataBuilder(AttentionMetadataBuilder[GroupedAttentionM
         num_columns = cdiv(max(kv_lengths), self._block_size)
         paging = self._paging
         sequences = range(paging.num_sequences)
-        return GroupedAttentionMetadata(
+        return self.metadata_cls(
             num_tokens=num_tokens,
             query_ends=[sequence * num_tokens + end for sequence in sequences for end in query_ends],
             kv_lengths=kv_lengths * paging.num_sequences,
