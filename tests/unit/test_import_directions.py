@@ -40,22 +40,34 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.config": {"errors", "kv_transfer.trust"},
     "kv_transfer.connector": {
         *("errors", "envs", "kv_transfer.config", "kv_transfer.local", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.regroup", "kv_transfer.scheduler"),
+        *("kv_transfer.decode_side", "kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.pace"),
+        *("kv_transfer.prefill_side", "kv_transfer.regroup"),
         *("kv_transfer.sums", "kv_transfer.transport", "kv_transfer.trust", "kv_transfer.worker"),
     },
-    "kv_transfer.scheduler": {
-        *("errors", "envs", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.handshake"),
-        *("kv_transfer.keeper", "kv_transfer.lease", "kv_transfer.messages", "kv_transfer.metrics"),
-        *("kv_transfer.sharing", "kv_transfer.sums", "kv_transfer.topology", "kv_transfer.trust"),
+    "kv_transfer.pace": set(),
+    "kv_transfer.prompts": {"kv_transfer.messages"},
+    "kv_transfer.prefill_side": {
+        *("kv_transfer.blocks", "kv_transfer.handshake", "kv_transfer.lease", "kv_transfer.messages"),
+        *("kv_transfer.metrics", "kv_transfer.prompts", "kv_transfer.sums", "kv_transfer.trust"),
+    },
+    "kv_transfer.decode_side": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.keeper", "kv_transfer.messages"),
+        *("kv_transfer.metrics", "kv_transfer.prompts", "kv_transfer.sharing", "kv_transfer.topology"),
+        "kv_transfer.trust",
     },
     "kv_transfer.sharing": {"kv_transfer.messages"},
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
-        *("kv_transfer.peers", "kv_transfer.plan", "kv_transfer.reader", "kv_transfer.regroup"),
-        *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport"),
-        "kv_transfer.trust",
+        *("kv_transfer.peers", "kv_transfer.reader", "kv_transfer.reading", "kv_transfer.regroup"),
+        *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport", "kv_transfer.trust"),
+    },
+    "kv_transfer.reading": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.local"),
+        *("kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing", "kv_transfer.plan"),
+        *("kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.staged", "kv_transfer.topology"),
+        *("kv_transfer.transport", "kv_transfer.verify"),
     },
     "kv_transfer.local": {
         *("errors", "attention.cache_layout", "attention.layout_option", "kv_transfer.blocks"),

@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_ascend.kv_transfer.config import check_cache, options_of
+from vllm_ascend.kv_transfer.decode_side import DecodeSide
 from vllm_ascend.kv_transfer.local import Rank, block_size_of, keeps_of, local_cache
 from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
@@ -35,8 +36,9 @@ from vllm_ascend.kv_transfer.messages import (
 )
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
+from vllm_ascend.kv_transfer.pace import Pace
+from vllm_ascend.kv_transfer.prefill_side import PrefillSide
 from vllm_ascend.kv_transfer.regroup import Regroup
-from vllm_ascend.kv_transfer.scheduler import DecodeSide, Pace, PrefillSide
 from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.transport import Transport
 from vllm_ascend.kv_transfer.trust import trust_of

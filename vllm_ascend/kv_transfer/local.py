@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_ascend.attention.cache_layout import HALVES, PageLayout, page_layout, state_layout
 from vllm_ascend.attention.layout_option import is_head_major
 from vllm_ascend.errors import ConfigError
-from vllm_ascend.kv_transfer.blocks import Keeps
+from vllm_ascend.kv_transfer.blocks import Blocks, Keeps
 from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
     CacheDescription,
@@ -304,3 +304,8 @@ def _model_of(name: str, vllm_config: VllmConfig) -> ModelConfig:
     if speculative is None or not numbers or numbers[0] < target.get_total_num_hidden_layers():
         return target
     return speculative.draft_model_config
+
+
+def blocks_of(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
+    """A request's blocks on an engine with blocks and pages of these sizes."""
+    return Blocks(ids, sizes.block_size, sizes.page_size)

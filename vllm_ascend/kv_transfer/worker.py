@@ -2,9 +2,8 @@
 """Worker half: registers this rank's KV cache, reads other engines' and tells what came of it.
 
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
-question who the peer is to the word that it is done: plan, prove, wait until the blocks are idle, read,
-regroup, verify if asked to, ask whether the lease held. It ends as `Loaded` or as `NotLoaded`, never as the
-first for the second. What was not loaded is told only when its blocks can be written no more, since vLLM then
+question who the peer is, through its `Reading`, to the word that it is done, and asks whether the lease held.
+It ends as `Loaded` or as `NotLoaded`, never as the first for the second. What was not loaded is told only when its blocks can be written no more, since vLLM then
 gives them to others.
 """
 
@@ -21,28 +20,20 @@ from vllm_ascend.errors import (
     KVTransferError,
     LeaseEnded,
     PeerUnreachable,
-    ReadFailed,
     ReadUnsettled,
     TopologyError,
     WireError,
 )
 from vllm_ascend.kv_transfer.blocks import (
     NULL_BLOCK,
-    Blocks,
-    Runs,
-    neighbours,
-    positions_of,
-    runs_of,
-    tokens_from,
     tokens_seen,
 )
-from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, Summer, layer_sums, state_sums, units_of
+from vllm_ascend.kv_transfer.checksum import UNIT_TOKENS, layer_sums, state_sums, units_of
 from vllm_ascend.kv_transfer.config import Options
 from vllm_ascend.kv_transfer.handshake import Lines
-from vllm_ascend.kv_transfer.local import LocalCache, Stack
+from vllm_ascend.kv_transfer.local import LocalCache, Stack, blocks_of
 from vllm_ascend.kv_transfer.messages import (
     AskForEngine,
-    BlockSizes,
     Done,
     DoneNoted,
     Engine,
@@ -51,17 +42,17 @@ from vllm_ascend.kv_transfer.messages import (
     ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
-from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans, pair_with
+from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
 from vllm_ascend.kv_transfer.peers import Peers
-from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
 from vllm_ascend.kv_transfer.reader import ReaderPool, SideBySide, Stopwatch
-from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
-from vllm_ascend.kv_transfer.staged import StagedRead, staging_of
+from vllm_ascend.kv_transfer.reading import Reading
+from vllm_ascend.kv_transfer.regroup import Fence, Regroup
+from vllm_ascend.kv_transfer.staged import staging_of
 from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
-from vllm_ascend.kv_transfer.transport import Copies, Transport
+from vllm_ascend.kv_transfer.transport import Transport
 from vllm_ascend.kv_transfer.trust import Trust
-from vllm_ascend.kv_transfer.verify import PeerSums, verify, verify_state
+from vllm_ascend.kv_transfer.verify import PeerSums
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -89,47 +80,6 @@ class NotLoaded:
     """Whether nothing writes them any more."""
 
 
-@dataclass(frozen=True)
-class _StackRead:
-    """What a pull reads of one stack's layers."""
-
-    stack: Stack
-    tokens: Span
-    regroup: Regroup
-    plan: PairPlan
-    runs: Runs
-    copies: list[tuple[int, Copies]]
-    """For each source, its prefill rank and the ranges."""
-    convert_from: str | None
-    staged: StagedRead | None = None
-    """What of it goes through staging memory, besides `copies`."""
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether something is left to do when the bytes are here."""
-        return self._is_in_shares or self.convert_from is not None
-
-    @property
-    def prefill_ranks(self) -> set[int]:
-        """The ranks that are read."""
-        return {rank for rank, _ in self.copies} | (self.staged.prefill_ranks if self.staged else set())
-
-    def regroup_heads(self) -> None:
-        """Put the heads of several sources side by side."""
-        if self._is_in_shares:
-            pages = self.runs.in_pages(self.plan.local.page.block_size)
-            self.regroup.run(pages.local(), share_positions(pages, self.plan.shares), pages.length)
-
-    def convert(self) -> None:
-        """Convert elements of another type. Raises ReadFailed for numbers that this cache cannot hold."""
-        if self.convert_from is not None:
-            self.regroup.convert(self.plan.local.page, self.runs.local(), self.convert_from)
-
-    @property
-    def _is_in_shares(self) -> bool:
-        return self.plan.shares > 1 and self.staged is None
-
-
 class WorkerHalf:
     """One rank's worker half, from the registration of its cache on."""
 
@@ -150,18 +100,18 @@ class WorkerHalf:
         self._regroups = regroups
         self._trust = trust
         self._lines = Lines(options.peer_timeout_s, trust)
-        self._peer_sums = PeerSums(self._lines, options.peer_timeout_s)
-        self._summer = Summer(local.stacks[0].tensors[0].device)
         self._engines: Peers[PrefillEngine] = Peers()
         self._unsettled: list[NotLoaded] = []
-        self._of_tokens = [stack for stack in local.stacks if not stack.is_state]
+        of_tokens = [stack for stack in local.stacks if not stack.is_state]
         # Head-major, there are no heads to put side by side.
-        token_major = all(stack.memory.page.apart is None for stack in self._of_tokens)
-        self._staging = staging_of(options, [s.tensors for s in self._of_tokens]) if token_major else None
-        transport.register([*local.regions(), *(self._staging.regions if self._staging else ())])
+        token_major = all(stack.memory.page.apart is None for stack in of_tokens)
+        staging = staging_of(options, [stack.tensors for stack in of_tokens]) if token_major else None
+        transport.register([*local.regions(), *(staging.regions if staging else ())])
         enter_thread = self._regroups[0].enter_thread
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(options.reader_threads, enter_thread)
         self._sources = SideBySide(transport, _HELPERS_PER_READER * options.reader_threads, enter_thread)
+        peer_sums = PeerSums(self._lines, options.peer_timeout_s) if options.verify else None
+        self._reading = Reading(local, regroups, self._sources, staging, peer_sums)
 
     def start(self, pulls: tuple[Pull, ...]) -> None:
         """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
@@ -209,7 +159,7 @@ class WorkerHalf:
     def _sum_stack(self, stack: Stack, to_sum: ToSum) -> Iterator[LayerSums]:
         tokens = tokens_seen(Span(0, to_sum.tokens), self._local.description.windows[stack.group])
         units = units_of(tokens)
-        blocks = _blocks(to_sum.blocks[stack.group], self._local.blocks)
+        blocks = blocks_of(to_sum.blocks[stack.group], self._local.blocks)
         slots = blocks.slots(np.arange(units.start * UNIT_TOKENS, tokens.stop, dtype=np.int64))
         for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
             sums = layer_sums(layer, stack.memory.page, slots)
@@ -237,7 +187,7 @@ class WorkerHalf:
         try:
             if isinstance(engine, KVTransferError):
                 raise engine
-            outcome = Loaded(pull.request_id, self._read(pull, engine, fence, clock))
+            outcome = Loaded(pull.request_id, self._reading.run(pull, engine, fence, clock))
         except PeerUnreachable as error:
             # It cannot be told either, and asking again would keep this thread from other peers.
             return _not_loaded(pull, error)
@@ -253,115 +203,6 @@ class WorkerHalf:
             ended = f"its lease at prefill engine {engine_id} ended before the read did; raise lease_s there"
             return _not_loaded(pull, LeaseEnded(ended))
         return outcome
-
-    def _read(self, pull: Pull, engine: PrefillEngine, fence: Fence, clock: Stopwatch) -> TransferNumbers:
-        tokens = [
-            tokens_seen(tokens_from(pull.first_token, pull.tokens), window)
-            for window in self._local.description.windows
-        ]
-        num_blocks = self._check_blocks(pull, tokens)
-        reads = self._plan(pull, engine, tokens)
-        copies = [part for read in reads for part in read.copies]
-        fence.wait()
-        queue_ms = clock.lap_ms()
-        self._sources.read_all([(engine.sessions[rank], part) for rank, part in copies])
-        transfer_ms = clock.lap_ms()
-        staged = [
-            read.staged.run(self._sources.read_all, engine.sessions)
-            for read in reads
-            if read.staged is not None
-        ]
-        clock.lap_ms()
-        for read in reads:
-            read.regroup_heads()
-        regroup_ms = clock.lap_ms()
-        if self._options.verify:
-            self._verify(pull, reads)
-            clock.lap_ms()
-        for read in reads:
-            read.convert()
-        regroup_ms += clock.lap_ms()
-        return TransferNumbers(
-            prompt_tokens=pull.prompt_tokens,
-            tokens=pull.tokens,
-            blocks=num_blocks,
-            bytes=sum(part.total_bytes for _, part in copies) + sum(part.bytes for part in staged),
-            descriptors=sum(len(part) for _, part in copies) + sum(part.descriptors for part in staged),
-            sources=tuple(sorted(set().union(*(read.prefill_ranks for read in reads)))),
-            queue_ms=queue_ms,
-            transfer_ms=transfer_ms + sum(part.transfer_ms for part in staged),
-            regroup_ms=(regroup_ms if any(read.is_raw for read in reads) else 0.0)
-            + sum(part.regroup_ms for part in staged),
-        )
-
-    def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
-        """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""
-        return [
-            self._plan_state(stack, regroup, plans, pull, tokens[stack.group])
-            if stack.is_state
-            else self._plan_stack(stack, regroup, plans, pull, engine.blocks, tokens[stack.group])
-            for stack, regroup, plans in zip(self._local.stacks, self._regroups, engine.stacks, strict=True)
-            if len(tokens[stack.group])
-        ]
-
-    def _plan_stack(
-        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, there: BlockSizes, tokens: Span
-    ) -> _StackRead:
-        plan = plans.next_plan()
-        remote = _blocks(pull.remote.remote_block_ids[stack.group], there)
-        local = _blocks(pull.local_blocks[stack.group], self._local.blocks)
-        for blocks, whose in ((remote, "the prefill engine"), (local, "this engine")):
-            if blocks.num_tokens < tokens.stop:
-                raise ReadFailed(
-                    f"{len(blocks.ids)} blocks of {blocks.block_size} tokens, which {whose} names, cannot "
-                    f"hold {tokens.stop} tokens"
-                )
-        if plan.shares > 1 and self._staging is not None:
-            runs = runs_of(tokens, remote, local, plan.local.num_blocks)
-            staged = self._staging.read(self._of_tokens.index(stack), plan, runs)
-            return _StackRead(stack, tokens, regroup, plan, runs, [], plans.convert_from, staged)
-        runs = runs_of(tokens, remote, local, LONGEST_RUN if plan.shares > 1 else plan.local.num_blocks)
-        copies = plan.copies(runs)
-        prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
-
-    def _plan_state(
-        self, stack: Stack, regroup: Regroup, plans: StackPlans, pull: Pull, tokens: Span
-    ) -> _StackRead:
-        """State after the last of `tokens` moves whole, whatever part of the prompt is a prefix hit here."""
-        plan = plans.next_plan()
-        there, here = (
-            np.asarray(blocks[stack.group], dtype=np.int64)
-            for blocks in (pull.remote.remote_block_ids, pull.local_blocks)
-        )
-        runs = neighbours(there, here, size=1, longest=1)
-        copies = plan.copies(runs)
-        prove_cover(plan.local, runs, [part for _, part in copies])
-        return _StackRead(stack, tokens, regroup, plan, runs, copies, plans.convert_from)
-
-    def _verify(self, pull: Pull, reads: Sequence[_StackRead]) -> None:
-        """Raise ReadFailed unless every stack holds what the prefill engine computed, in its element type."""
-        for read in reads:
-            ask = partial(self._peer_sums.of, pull.remote, read.tokens)
-            if read.stack.is_state:
-                (block,) = pull.local_blocks[read.stack.group]
-                verify_state(read.plan, read.stack.tensors, block, self._summer, ask)
-                continue
-            blocks = _blocks(pull.local_blocks[read.stack.group], self._local.blocks)
-            verify(read.plan, read.stack.tensors, blocks, read.tokens, self._summer, ask)
-
-    def _check_blocks(self, pull: Pull, tokens: Sequence[Span]) -> int:
-        """How many blocks of this engine are to be written, of all groups.
-
-        Raises ReadFailed if two groups want one: they share memory, and would overwrite each other.
-        """
-        written: list[int] = []
-        for blocks, of_group, keeps in zip(pull.local_blocks, tokens, self._local.keeps, strict=True):
-            at = Span(0, 1) if keeps.is_state else positions_of(of_group, self._local.blocks.block_size)
-            written.extend(blocks[at.start : at.stop] if len(of_group) else ())
-        if len(set(written)) < len(written):
-            raise ReadFailed("two KV cache groups were to be read into the same blocks; nothing was read")
-        return len(written)
 
     def _say_done(self, pull: Pull) -> bool:
         """Tell prefill that this rank reads no more. Returns whether its lease held until now."""
@@ -417,7 +258,3 @@ def _peer_of(remote: RemotePrefill) -> tuple[str, int]:
 
 def _settled() -> bool:
     return True
-
-
-def _blocks(ids: tuple[int, ...], sizes: BlockSizes) -> Blocks:
-    return Blocks(ids, sizes.block_size, sizes.page_size)

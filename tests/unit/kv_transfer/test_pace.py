@@ -3,7 +3,7 @@
 
 import time
 
-from vllm_ascend.kv_transfer.scheduler import Pace
+from vllm_ascend.kv_transfer.pace import Pace
 
 
 def test_rest_is_twice_the_work():
