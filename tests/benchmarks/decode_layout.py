@@ -64,6 +64,7 @@ def measure(case: Case, num_steps: int) -> dict[str, object]:
             max_num_seqs=case.num_requests,
             max_num_batched_tokens=case.num_requests * case.context_tokens,
             kv_cache_memory_bytes=256 << 20,
+            gpu_memory_utilization=0.3,  # of a device that two engines share
             enable_prefix_caching=False,
             async_scheduling=False,
             additional_config={"kv_cache_layout": layout},

@@ -248,6 +248,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         series=names,
         groups=groups,
         goals={"the same": 1.0},
+        longest=8,
     ).save(path)
 
 

@@ -26,6 +26,8 @@ class Chart:
     groups: Mapping[str, Sequence[float]]
     goals: Mapping[str, float]
     """Lines across all bars, by name."""
+    longest: float = float("inf")
+    """Bars end here, with an arrow behind the value if it goes on."""
 
     def save(self, path: Path) -> None:
         path.write_text("\n".join(["<!-- SPDX-License-Identifier: Apache-2.0 -->", *self._elements(), ""]))
@@ -33,7 +35,7 @@ class Chart:
     def _elements(self) -> list[str]:
         group_height = len(self.series) * (_BAR + _BAR_GAP) + _GROUP_GAP
         bottom = _TOP + len(self.groups) * group_height
-        largest = max(max(map(max, self.groups.values())), *self.goals.values())
+        largest = min(self.longest, max(max(map(max, self.groups.values())), *self.goals.values()))
         per_unit = (_WIDTH - _LEFT - _RIGHT) / largest
         size = f'width="{_WIDTH}" height="{bottom + _BOTTOM}"'
         drawn = [
@@ -47,11 +49,12 @@ class Chart:
             middle = top + (group_height - _GROUP_GAP) / 2 + 4
             drawn.append(_text(_LEFT - 8, middle, case, anchor="end"))
             for bar, value in enumerate(values):
-                y, width = top + bar * (_BAR + _BAR_GAP), value * per_unit
+                y, width = top + bar * (_BAR + _BAR_GAP), min(value, largest) * per_unit
+                label = f"{value:.2f}" if value <= largest else f"{value:.0f} \N{RIGHTWARDS ARROW}"
                 drawn.append(
                     f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{COLOURS[bar]}"/>'
                 )
-                drawn.append(_text(_LEFT + width + 4, y + _BAR - 2, f"{value:.2f}"))
+                drawn.append(_text(_LEFT + width + 4, y + _BAR - 2, label))
         for name, goal in self.goals.items():
             x = _LEFT + goal * per_unit
             drawn.append(
