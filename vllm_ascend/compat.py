@@ -15,6 +15,8 @@ import torch
 
 CORES_TO_SPIN = 4
 """Cores of the host per device from which on a waiting rank may keep one busy; servers with cards have 20."""
+LOOK_AGAIN_MS = 20
+"""How long a rank on fewer cores sleeps when nothing wakes it."""
 
 
 @contextmanager
@@ -43,15 +45,18 @@ def sleep_while_waiting_where_cores_are_few() -> None:
 
     Why: they ask again and again for a second after each message, each rank on a core of its own, before they
     sleep. Where ranks share cores (the emulated device on a workstation, a container with a few cores), that
-    second is taken from the ranks and the transfers that they wait for.
+    second is taken from the ranks and the transfers that they wait for. A wake-up of one that sleeps may be
+    lost, since its socket holds one at the most. With pipeline stages that came to 5 s every few steps, after
+    which vLLM looks again; so it looks again sooner.
     Until: `SpinCondition.busy_loop_s` can be set from outside, by environment or by the platform.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < CORES_TO_SPIN * torch.get_device_module("npu").device_count():
-        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+        from vllm.distributed.device_communicators import shm_broadcast
 
-        spinning = SpinCondition.__init__
-        SpinCondition.__init__ = partialmethod(spinning, busy_loop_s=0)  # type: ignore[method-assign, assignment]
+        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LOOK_AGAIN_MS
+        condition = shm_broadcast.SpinCondition
+        condition.__init__ = partialmethod(condition.__init__, busy_loop_s=0)  # type: ignore[method-assign, assignment]
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def test_cuda_streams_are_npu_streams_inside_and_what_they_were_after() -> None:
     assert [getattr(torch.cuda, name) for name in NAMES] == before
 
 
-WAIT_FOR_A_MESSAGE = """
+QUEUE_OF_ONE_READER = """
 import os, threading, time
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -38,24 +38,43 @@ threading.Thread(target=reader.wait_until_ready).start()
 writer.wait_until_ready()
 writer.enqueue("first")
 assert reader.dequeue() == "first"
+"""
+SECONDS_ON_THE_CORE = """
 threading.Timer(0.5, writer.enqueue, ["second"]).start()
 before_s = time.thread_time()
 assert reader.dequeue(timeout=10) == "second"
 print(time.thread_time() - before_s)
 """
+SECONDS_WITHOUT_A_WAKE_UP = """
+writer._spin_condition.notify = lambda: None
+threading.Timer(0.5, writer.enqueue, ["second"]).start()
+before_s = time.monotonic()
+assert reader.dequeue() == "second"
+print(time.monotonic() - before_s)
+"""
 
 
-@pytest.mark.parametrize(("devices", "sleeps"), [("0", True), ("", False)], ids=["one device", "no device"])
-def test_a_reader_without_a_message_leaves_the_core_where_cores_are_few(devices: str, sleeps: bool) -> None:
-    """Half a second of waiting on a machine of one core, measured as time that the reader spent on it."""
+def _seconds_of_waiting(script: str, devices: str) -> float:
+    """On a machine of one core."""
     printed = subprocess.run(
-        [sys.executable, "-c", WAIT_FOR_A_MESSAGE],
+        [sys.executable, "-c", QUEUE_OF_ONE_READER + script],
         env=os.environ | {"ASCEND_RT_VISIBLE_DEVICES": devices},
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    assert (float(printed.splitlines()[-1]) < 0.1) == sleeps
+    return float(printed.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("devices", "sleeps"), [("0", True), ("", False)], ids=["one device", "no device"])
+def test_a_reader_without_a_message_leaves_the_core_where_cores_are_few(devices: str, sleeps: bool) -> None:
+    """Half a second of waiting, measured as time that the reader spent on the core."""
+    assert (_seconds_of_waiting(SECONDS_ON_THE_CORE, devices) < 0.1) == sleeps
+
+
+def test_a_reader_that_sleeps_finds_a_message_whose_wake_up_was_lost() -> None:
+    """vLLM alone looks again after 5 s."""
+    assert 0.4 < _seconds_of_waiting(SECONDS_WITHOUT_A_WAKE_UP, "0") < 3
 
 
 SHRINK = """

@@ -3,8 +3,8 @@
 
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
 question who the peer is, through its `Reading`, to the word that it is done, and asks whether the lease held.
-It ends as `Loaded` or as `NotLoaded`, never as the first for the second. What was not loaded is told only when its blocks can be written no more, since vLLM then
-gives them to others.
+It ends as `Loaded` or as `NotLoaded`, never as the first for the second. What was not loaded is told only
+when its blocks can be written no more, since vLLM then gives them to others.
 """
 
 from __future__ import annotations
