@@ -9,9 +9,9 @@ connector's tests: the real connector on every rank and Mooncake's real engine, 
 process.
 
 The yardstick is one plain read of as many bytes, from the same ranks, by Mooncake's engine alone: long
-ranges, all sources asked at once, nothing planned and nothing regrouped. All ways take turns in each round;
-`ratio` is the median of a way over the median of the yardstick. Prints a JSON object per case, and draws a
-plot.
+ranges, all sources asked at once, nothing planned and nothing regrouped. vLLM's own MooncakeConnector
+(vllm_mooncake.py) hands over the same request, for comparison. All ways take turns in each round; `ratio` is
+the median of a way over the median of the yardstick. Prints a JSON object per case, and draws a plot.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from connector.engines import Engine, admit, engine_config, finish, model_folder, prefilled, running
 from connector.topologies import Model
+from vllm_mooncake import HEAD_SIZE, HEADS, LAYERS, TOKENS, VllmHandoffs
 
-TOKENS, LAYERS, HEADS, HEAD_SIZE = 2048, 32, 8, 128
 TOTAL_BYTES = TOKENS * LAYERS * HEADS * HEAD_SIZE * 2 * 2
 PAIRS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (1, 2))
 BLOCK_SIZES = (128, 16)
@@ -199,15 +199,25 @@ def engines(pair: Pair, folder: Path) -> Iterator[list[tuple[Engine, Engine]]]:
         yield [(prefills[way.layout], decode) for way, decode in zip(pair.ways, decodes, strict=True)]
 
 
+@contextmanager
+def of_vllm(pair: Pair) -> Iterator[VllmHandoffs]:
+    handoffs = VllmHandoffs(pair.prefill_tp, pair.decode_tp, pair.block_size)
+    try:
+        yield handoffs
+    finally:
+        handoffs.close()
+
+
 def measure(pair: Pair, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
-    """A result for each way."""
-    with engines(pair, folder) as sides:
+    """A result for each way, and for vLLM's connector."""
+    with engines(pair, folder) as sides, of_vllm(pair) as theirs:
         plain = PlainReader(pair, sides[0][0])
         handoffs = [Handoffs(pair, prefill, decode) for prefill, decode in sides]
+        theirs()
         for handoff in handoffs:
             handoff()
             handoff.check()
-        plain_s, *ways_s = medians_s(rounds, lambda: timed(plain), *handoffs)
+        plain_s, theirs_s, *ways_s = medians_s(rounds, lambda: timed(plain), theirs, *handoffs)
         plain.close()
     for way, seconds, handoff in zip(pair.ways, ways_s, handoffs, strict=True):
         assert handoff.costs[-1]["bytes"] == TOTAL_BYTES
@@ -221,6 +231,13 @@ def measure(pair: Pair, folder: Path, rounds: int) -> Iterator[dict[str, object]
             "descriptors": handoff.costs[-1]["descriptors"],
             **{part: handoff.median_ms(part) for part in ("queue_ms", "transfer_ms", "regroup_ms")},
         } | ({"to_operators": round(seconds / ways_s[0], 2)} if way.regroup != "operators" else {})
+    yield {
+        "benchmark": "handoff",
+        "case": f"vLLM's MooncakeConnector, {pair.name}",
+        "ratio": round(theirs_s / plain_s, 2),
+        "ms": round(theirs_s * 1000, 1),
+        "plain_ms": round(plain_s * 1000, 1),
+    }
 
 
 def medians_s(rounds: int, *ways: Callable[[], float]) -> list[float]:
