@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from vllm_ascend.attention.cache_layout import PageLayout
 from vllm_ascend.kv_transfer.blocks import Blocks, runs_of
-from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover
+from vllm_ascend.kv_transfer.cover import prove_cover
+from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair
 from vllm_ascend.kv_transfer.topology import Span, heads_on
 from vllm_ascend.kv_transfer.transport import Address, Copies
 

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport", "kv_transfer.trust"),
     },
     "kv_transfer.reading": {
-        *("errors", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.local"),
+        *("errors", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.cover", "kv_transfer.local"),
         *("kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing", "kv_transfer.plan"),
         *("kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.staged", "kv_transfer.topology"),
         *("kv_transfer.transport", "kv_transfer.verify"),
@@ -105,13 +105,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "attention.cache_layout", "kv_transfer.blocks"),
         *("kv_transfer.topology", "kv_transfer.transport"),
     },
+    "kv_transfer.cover": {
+        *("errors", "attention.cache_layout", "kv_transfer.blocks", "kv_transfer.plan"),
+        "kv_transfer.transport",
+    },
     "kv_transfer.blocks": {"errors", "kv_transfer.topology"},
     "kv_transfer": {"errors"},
 }
 
 # Outside libraries that only some files may import.
 PURE = {
-    *("errors", "kv_transfer.blocks", "kv_transfer.lease", "kv_transfer.messages"),
+    *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.lease", "kv_transfer.messages"),
     *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
     *("kv_transfer.turns", "kv_transfer.windows"),
 }

@@ -28,7 +28,7 @@ blocks differ, K and V of each head are read to where they belong, as far as the
 Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart. Recurrent
 state is planned like rows: its parts for heads, its pages for tokens, and what pads them is left out.
 
-`prove_cover` checks before anything moves that every wanted byte is written exactly once, and nothing else.
+Before anything moves, `cover` proves that every wanted byte is written exactly once, and nothing else.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class PairPlan:
         in_local_layer = (local.row_offsets(pieces.local_start) + rows.local_offset).reshape(-1)
         num_bytes = np.tile(pieces.length * rows.num_bytes, local.planes)
         if whole:
-            in_remote_layer, in_local_layer, num_bytes = _joined(in_remote_layer, in_local_layer, num_bytes)
+            in_remote_layer, in_local_layer, num_bytes = joined(in_remote_layer, in_local_layer, num_bytes)
         return _in_every_layer(source, in_remote_layer, in_local_layer, num_bytes)
 
     def _strips(self, num_bytes: Ints, source: Source, blocks: Runs) -> Copies:
@@ -162,7 +162,7 @@ class PairPlan:
             )
         )
         # Neighbouring blocks touch where a strip is all of them, on both sides.
-        return Copies(*_joined(remote, local, np.tile(num_bytes, len(blocks))))
+        return Copies(*joined(remote, local, np.tile(num_bytes, len(blocks))))
 
 
 def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> PairPlan:
@@ -195,64 +195,6 @@ def share_positions(pages: Runs, shares: int) -> Ints:
     run_length = np.repeat(pages.length, pages.length)
     first = run_start * shares + pages.local() - run_start
     return first[:, None] + run_length[:, None] * np.arange(shares, dtype=np.int64)
-
-
-def prove_cover(local: RankMemory, runs: Runs, copies: Sequence[Copies]) -> None:
-    """Raise ReadFailed unless `copies` write each byte of the runs' local tokens exactly once, in each layer.
-
-    The proof: the ranges lie inside what is wanted, none overlaps another, and they sum to as many bytes.
-    """
-    wanted_start, num_bytes = _wanted(local, runs)
-    wanted_stop = wanted_start + num_bytes
-
-    start = np.concatenate([part.local for part in copies])
-    order = np.argsort(start, kind="stable")
-    start = start[order]
-    stop = start + np.concatenate([part.num_bytes for part in copies])[order]
-    holder = np.searchsorted(wanted_start, start, side="right") - 1
-    inside = (holder >= 0) & (stop > start) & (stop <= wanted_stop[holder])
-    disjoint = start[1:] >= stop[:-1]
-    complete = int((stop - start).sum()) == int((wanted_stop - wanted_start).sum())
-    distinct = wanted_start[1:] >= wanted_stop[:-1]
-    if not (inside.all() and disjoint.all() and complete and distinct.all()):
-        raise ReadFailed(
-            f"the plan for {runs.total} tokens of {len(local.layers)} layers does not write every byte "
-            f"exactly once (inside: {inside.all()}, disjoint: {disjoint.all()}, complete: {complete}, "
-            f"blocks distinct: {distinct.all()}); nothing was read"
-        )
-
-
-def _wanted(local: RankMemory, runs: Runs) -> tuple[Ints, Ints]:
-    """Start and length of what `runs` fill in all layers and heads; ascending."""
-    bases, page = _page_starts(local, local.layers, local.heads), local.page
-    if page.apart is None:
-        offset, num_bytes = _wanted_of_pages(page, runs)
-        return np.add.outer(np.sort(bases), offset).reshape(-1), np.tile(num_bytes, len(bases))
-    if (runs.length % page.block_size).any():
-        offset, num_bytes = _wanted_of_pages(page, runs)
-    else:
-        # One strip, unless other layers lie among these.
-        _, bases, strip_bytes = _joined(bases, bases, np.full(len(bases), page.page_bytes))
-        offset = runs.in_pages(page.block_size).local() * page.block_stride_bytes
-        start = np.add.outer(offset, bases).reshape(-1)
-        return _joined(start, start, np.tile(strip_bytes, len(offset)))[1:]
-    start = np.add.outer(bases, offset).reshape(-1)
-    return _joined(start, start, np.tile(num_bytes, len(bases)))[1:]
-
-
-def _wanted_of_pages(page: PageLayout, runs: Runs) -> tuple[Ints, Ints]:
-    """Start and length, in bytes from page 0, of what `runs` fill in a layer; ascending, neighbours joined.
-
-    Runs are whole pages, or lie within one: then its planes are apart.
-    """
-    first, *others = page.row_offsets(runs.local_start)
-    num_bytes = runs.length * page.row_bytes
-    parts = runs.length % page.block_size != 0
-    start = np.concatenate((first, *(plane[parts] for plane in others)))
-    of_first = np.where(parts, 1, page.planes) * num_bytes
-    of_others = np.tile(num_bytes[parts], len(others))
-    _, start, num_bytes = _joined(start, start, np.concatenate((of_first, of_others)))
-    return start, num_bytes
 
 
 def _stages(local: RankMemory, prefill: Sequence[RankMemory]) -> list[list[int]]:
@@ -304,24 +246,24 @@ def _source(
         rank,
         mapping,
         remote,
-        remote_bases=_page_starts(remote, common, heads),
-        local_bases=_page_starts(local, common, heads),
+        remote_bases=page_starts(remote, common, heads),
+        local_bases=page_starts(local, common, heads),
     )
 
 
 def _source_apart(local: RankMemory, prefill: Sequence[RankMemory], rank: int, heads: Span) -> Source:
     remote = prefill[rank]
     common = [layer for layer in local.layers if layer in set(remote.layers)]
-    remote_bases, local_bases = (_page_starts(memory, common, heads) for memory in (remote, local))
+    remote_bases, local_bases = (page_starts(memory, common, heads) for memory in (remote, local))
     if remote.page.block_size != local.page.block_size:
         every_row = Rows(remote_offset=0, local_offset=0, num_bytes=local.page.row_bytes)
         return Source(rank, every_row, remote, remote_bases, local_bases)
     page_bytes = np.full(len(local_bases), local.page.page_bytes)
-    remote_bases, local_bases, num_bytes = _joined(remote_bases, local_bases, page_bytes)
+    remote_bases, local_bases, num_bytes = joined(remote_bases, local_bases, page_bytes)
     return Source(rank, Strips(num_bytes), remote, remote_bases, local_bases)
 
 
-def _page_starts(memory: RankMemory, layers: Sequence[str], heads: Span) -> Ints:
+def page_starts(memory: RankMemory, layers: Sequence[str], heads: Span) -> Ints:
     """Where block 0 of each layer begins; head-major, each of `heads` of each layer."""
     address_of = dict(zip(memory.layers, memory.addresses, strict=True))
     starts = np.array([address_of[layer] for layer in layers], dtype=np.int64)
@@ -342,7 +284,7 @@ def _rows(local: RankMemory, remote: RankMemory, heads: Span) -> Rows:
     )
 
 
-def _joined(remote: Ints, local: Ints, num_bytes: Ints) -> tuple[Ints, Ints, Ints]:
+def joined(remote: Ints, local: Ints, num_bytes: Ints) -> tuple[Ints, Ints, Ints]:
     """The same ranges, ascending in `local`; those that go on where another ends, on both sides, are one."""
     order = np.argsort(local, kind="stable")
     remote, local, num_bytes = remote[order], local[order], num_bytes[order]

@@ -19,11 +19,12 @@ from vllm_ascend.kv_transfer.blocks import (
     tokens_seen,
 )
 from vllm_ascend.kv_transfer.checksum import Summer
+from vllm_ascend.kv_transfer.cover import prove_cover
 from vllm_ascend.kv_transfer.local import LocalCache, Stack, blocks_of
 from vllm_ascend.kv_transfer.messages import BlockSizes, Pull
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans
-from vllm_ascend.kv_transfer.plan import PairPlan, prove_cover, share_positions
+from vllm_ascend.kv_transfer.plan import PairPlan, share_positions
 from vllm_ascend.kv_transfer.reader import SideBySide, Stopwatch
 from vllm_ascend.kv_transfer.regroup import LONGEST_RUN, Fence, Regroup
 from vllm_ascend.kv_transfer.staged import StagedRead, Staging

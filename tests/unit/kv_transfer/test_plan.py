@@ -11,7 +11,8 @@ import pytest
 from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout
 from vllm_ascend.errors import ReadFailed, TopologyError
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, runs_of
-from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
+from vllm_ascend.kv_transfer.cover import prove_cover
+from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, share_positions
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Address, Copies
 
@@ -164,6 +165,39 @@ def test_a_plan_that_does_not_cover_is_not_run(local_start, num_bytes, flaw):
     copies = Copies(np.zeros(2, np.int64), np.array(local_start), np.array(num_bytes))
     with pytest.raises(ReadFailed, match=flaw):
         prove_cover(rank_memory((0, 2), 10000), pulled((3, 1)), [copies])
+
+
+@pytest.mark.parametrize(
+    ("local_start", "num_bytes", "flaw"),
+    [
+        pytest.param([10256, 12304], [256, 256], None, id="both layers alike"),
+        pytest.param([12304, 10256], [256, 256], None, id="the second first"),
+        pytest.param([10256, 12304], [256, 255], "complete: False", id="a byte of the second is missing"),
+        pytest.param([10256, 12303], [256, 256], "inside: False", id="the second begins a byte early"),
+        pytest.param([10256, 10256], [256, 256], "disjoint: False", id="the first twice"),
+        pytest.param([10256], [256], "complete: False", id="the second not at all"),
+        pytest.param([10256, 12304, 12432], [256, 128, 128], None, id="the second in two ranges"),
+    ],
+)
+def test_every_layer_is_covered(local_start, num_bytes, flaw):
+    """Page 1 of two layers, 2,048 bytes apart."""
+    local, runs = rank_memory((0, 2), 10000, layers=2), pulled((3, 1))
+    copies = [Copies(np.zeros(len(num_bytes), np.int64), np.array(local_start), np.array(num_bytes))]
+    if flaw is None:
+        prove_cover(local, runs, copies)
+        return
+    with pytest.raises(ReadFailed, match=flaw):
+        prove_cover(local, runs, copies)
+
+
+def test_layers_that_lie_over_each_other_are_not_run():
+    """Each is read alike, and what is read for one overwrites the other."""
+    local = dataclasses.replace(
+        rank_memory((0, 2), 10000, layers=2), addresses=(Address(10000), Address(10128))
+    )
+    copies = Copies(np.zeros(2, np.int64), np.array([10256, 10384]), np.array([256, 256]))
+    with pytest.raises(ReadFailed, match="disjoint: False"):
+        prove_cover(local, pulled((3, 1)), [copies])
 
 
 def test_a_block_listed_twice_is_not_run():

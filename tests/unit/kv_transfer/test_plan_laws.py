@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout
 from vllm_ascend.kv_transfer.blocks import Blocks, Runs, neighbours, runs_of, tokens_seen
-from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, prove_cover, share_positions
+from vllm_ascend.kv_transfer.cover import prove_cover
+from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, share_positions
 from vllm_ascend.kv_transfer.topology import Span, turns_of
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
 
