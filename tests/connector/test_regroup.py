@@ -62,7 +62,7 @@ def test_heads_stand_side_by_side_and_nothing_else_changes(dtype, shares, run_st
         assert torch.equal(after.view(torch.int8), expected.view(torch.int8))
 
 
-def test_a_fence_waits_for_the_work_before_it():
+def test_a_fence_waits_for_the_work_before_it_on_whichever_stream_is_current():
     device = torch.device("npu", 1)
     with torch.npu.device(device):
         regroup = Regroup(
@@ -70,13 +70,15 @@ def test_a_fence_waits_for_the_work_before_it():
         )
         source = torch.ones(2**22, pin_memory=True)
         target = torch.zeros(2**22, device=device)
-        for _ in range(8):
-            target.copy_(source, non_blocking=True)
-        copied = torch.npu.Event()
-        copied.record()
-        assert not copied.query()
-        regroup.fence().wait()
-        assert copied.query()
+        for stream in (torch.npu.current_stream(), torch.npu.Stream()):
+            with torch.npu.stream(stream):
+                for _ in range(8):
+                    target.copy_(source, non_blocking=True)
+                copied = torch.npu.Event()
+                copied.record()
+                assert not copied.query()
+                regroup.fence().wait()
+                assert copied.query()
 
 
 class WatchedRegroup(Regroup):

@@ -19,7 +19,7 @@ import msgspec
 
 from vllm_ascend.errors import WireError
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 # 1: first version; one KV cache group, regions per layer
 # 2: each engine says how it cuts its cache into blocks, which two engines may do differently; regions per
 #    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
@@ -272,12 +272,19 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
             ) from error
 
 
+_HASHED_AT_ONCE_BYTES = 2000
+"""For more than 2,047 bytes hashlib gives Python's lock away, for which an engine's thread then waits."""
+
+
 def prompt_digest(token_ids: Sequence[int], marks: Sequence[str] = ()) -> str:
-    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 64-bit integers.
+    """What tells one prompt from another: BLAKE2b of 128 bits over the ids as 32-bit integers.
 
     `marks` name what else the KV depends on; each follows behind a zero byte.
     """
-    digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    ids = memoryview(array("i", token_ids)).cast("B")
+    for start in range(0, len(ids), _HASHED_AT_ONCE_BYTES):
+        digest.update(ids[start : start + _HASHED_AT_ONCE_BYTES])
     for mark in marks:
         digest.update(b"\0" + mark.encode())
     return digest.hexdigest()

@@ -47,6 +47,7 @@ class Regroup:
         self._streams: SimpleQueue[torch_npu.npu.Stream] = SimpleQueue()
         for _ in range(_STREAMS):
             self._streams.put(torch_npu.npu.Stream(device=self._device))
+        self._fenced: dict[torch.Stream, torch_npu.npu.Stream] = {}
 
     def enter_thread(self) -> None:
         """Make the cache's device current in the calling thread, which would otherwise open device 0."""
@@ -54,8 +55,13 @@ class Regroup:
 
     def fence(self) -> Fence:
         """A point after all work that the calling thread has put on its stream."""
+        # torch_npu makes an object for the current stream whenever it is asked for it, which takes longer
+        # than all else that an engine's thread does for a pull.
+        current = torch.accelerator.current_stream()
+        if current not in self._fenced:
+            self._fenced[current] = torch_npu.npu.current_stream()
         event = torch_npu.npu.Event()
-        event.record()
+        event.record(self._fenced[current])
         return Fence(event)
 
     def run(self, local_blocks: Ints, positions: Ints, run_lengths: Ints) -> None:

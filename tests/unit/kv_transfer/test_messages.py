@@ -118,7 +118,7 @@ def test_answers_arrive_as_they_were_sent(answer):
 
 
 def test_another_version_is_refused_by_name_before_its_body_is_read():
-    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/3'"):
+    with pytest.raises(WireError, match="speaks 'vllm-ascend-kv/7' and this engine 'vllm-ascend-kv/4'"):
         decode_question([b"vllm-ascend-kv/7", b"not msgpack at all"])
 
 
@@ -126,30 +126,30 @@ def test_another_version_is_refused_by_name_before_its_body_is_read():
     "frames",
     [
         pytest.param([], id="no frame"),
-        pytest.param([b"vllm-ascend-kv/3"], id="one frame"),
-        pytest.param([b"vllm-ascend-kv/3", b"", b""], id="three frames"),
-        pytest.param([b"vllm-ascend-kv/3", b""], id="an empty body"),
-        pytest.param([b"vllm-ascend-kv/3", b"\xc1garbage"], id="no msgpack"),
+        pytest.param([b"vllm-ascend-kv/4"], id="one frame"),
+        pytest.param([b"vllm-ascend-kv/4", b"", b""], id="three frames"),
+        pytest.param([b"vllm-ascend-kv/4", b""], id="an empty body"),
+        pytest.param([b"vllm-ascend-kv/4", b"\xc1garbage"], id="no msgpack"),
         pytest.param(
-            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
+            [b"vllm-ascend-kv/4", b"\x82\xa4type\xa7Release\xa9engine_id\xa2\xff\xfe"],
             id="text that is no UTF-8",
         ),
         pytest.param(
-            [b"vllm-ascend-kv/3", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
+            [b"vllm-ascend-kv/4", b"\x82\xa4type\xa7Release\xa1x" + 100_000 * b"\x91" + b"\x90"],
             id="lists within lists without end",
         ),
-        pytest.param([b"vllm-ascend-kv/3", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
-        pytest.param([b"vllm-ascend-kv/3", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
+        pytest.param([b"vllm-ascend-kv/4", msgspec.msgpack.encode({"type": "Steal"})], id="unknown question"),
+        pytest.param([b"vllm-ascend-kv/4", encode(DoneNoted(held=True))[1]], id="an answer is no question"),
         pytest.param(
             [
-                b"vllm-ascend-kv/3",
+                b"vllm-ascend-kv/4",
                 msgspec.msgpack.encode({"type": "Renew", "engine_id": "e", "request_ids": ["x" * 2000]}),
             ],
             id="a name that is too long",
         ),
         pytest.param(
             [
-                b"vllm-ascend-kv/3",
+                b"vllm-ascend-kv/4",
                 msgspec.msgpack.encode(
                     {"type": "Done", "engine_id": "e", "request_id": "a", "reader": "r", "num_readers": 0}
                 ),
@@ -167,7 +167,7 @@ def test_malformed_questions_are_refused(frames):
 def test_whatever_comes_is_understood_or_refused(body):
     for decode in (decode_question, decode_answer):
         with contextlib.suppress(WireError):
-            decode([b"vllm-ascend-kv/3", body])
+            decode([b"vllm-ascend-kv/4", body])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_peer_whose_numbers_cannot_be_is_refused(change):
         verifies=False,
         ranks=(RANK,),
     )
-    frames = [b"vllm-ascend-kv/3", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
+    frames = [b"vllm-ascend-kv/4", msgspec.msgpack.encode({**msgspec.to_builtins(engine), **change})]
     with pytest.raises(WireError, match="could not be read"):
         decode_answer(frames)
 
