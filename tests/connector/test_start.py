@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from connector.engines import (
     running,
 )
 from connector.topologies import Model
+from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
@@ -37,6 +39,16 @@ HEADS = 4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(Path(tmp_path_factory.mktemp("model")), HEADS)
+
+
+@pytest.mark.parametrize("connector", ["MooncakeConnector", "NixlConnector"])
+def test_connectors_that_would_hand_over_wrong_kv_are_refused(model, connector):
+    config = engine_config(model, 1, "kv_consumer")
+    transfer = KVTransferConfig(kv_connector=connector, kv_role="kv_consumer")
+    with pytest.raises(
+        ValueError, match=f"'{connector}' cuts a page .* set kv_connector to 'MooncakeConnectorV1'"
+    ):
+        dataclasses.replace(config, kv_transfer_config=transfer)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from vllm_ascend.kv_transfer.trust import Network, shared_secret
 
 NAME = "MooncakeConnectorV1"
 """What `kv_connector` says to get this connector."""
+CUTS_PAGES_BY_HEADS = ("MooncakeConnector", "NixlConnector")
+"""vLLM's connectors that hand over parts of pages."""
 
 PROTOCOLS = ("tcp", "rdma", "ascend")
 """What Mooncake's engine can be asked for. `ascend` needs its build for Ascend cards."""
@@ -97,11 +99,18 @@ def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over 
 def check_start(vllm_config: VllmConfig) -> None:
     """For vLLM's platform hook: refuse a configuration before any process of the engine starts.
 
-    Raises ConfigError as `options_of` does. Other connectors than ours are none of its business.
+    Raises ConfigError as `options_of` does, and for connectors that would hand over wrong KV. Others than
+    these and ours are none of its business.
     """
     transfer = vllm_config.kv_transfer_config
     if transfer is None:
         return
+    if transfer.kv_connector in CUTS_PAGES_BY_HEADS:
+        raise ConfigError(
+            f"kv_connector {transfer.kv_connector!r} cuts a page where a head of it ends, and in a page here "
+            f"a token's heads lie side by side: engines of different tensor-parallel sizes would decode "
+            f"wrong KV; set kv_connector to {NAME!r}"
+        )
     if transfer.kv_connector == NAME or (transfer.kv_connector_module_path or "").startswith("vllm_ascend."):
         _refuse_pooling(vllm_config)
         options_of(vllm_config)
