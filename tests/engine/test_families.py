@@ -19,7 +19,7 @@ from engine.families import (
     reference,
 )
 from engine.generate import Answer
-from engine.launch import ON_EMULATOR_WITH_FLOAT32, Running, job, started
+from engine.launch import AT_LESS_COST, Running, job, started
 from engine.models import VOCAB_SIZE, random_prompts
 
 ONE_NPU = "1 NPU"
@@ -53,7 +53,7 @@ def engines(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         )
         for name, setup in SETUPS
     ]
-    with started(jobs, tmp_path_factory.mktemp("engines"), ON_EMULATOR_WITH_FLOAT32) as running:
+    with started(jobs, tmp_path_factory.mktemp("engines"), AT_LESS_COST) as running:
         yield running
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine.families import SPREADS
-from engine.launch import MAX_BATCHED_TOKENS, ON_EMULATOR_WITH_FLOAT32, started
+from engine.launch import AT_LESS_COST, MAX_BATCHED_TOKENS, started
 from engine.pool import PoolJob
 from engine.pooling import (
     COSINE_DISTANCE_TOLERANCE,
@@ -52,7 +52,7 @@ def answers(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], list[torch.Tensor]]:
     jobs = [job_of(name, setup, folders[name]) for name, setup in SETUPS]
-    with started(jobs, tmp_path_factory.mktemp("engines"), ON_EMULATOR_WITH_FLOAT32) as running:
+    with started(jobs, tmp_path_factory.mktemp("engines"), AT_LESS_COST) as running:
         given = [[torch.tensor(answer) for answer in each] for each in running.results()]
     return dict(zip(SETUPS, given, strict=True))
 
