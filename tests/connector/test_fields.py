@@ -53,7 +53,7 @@ def with_layers(engine: Description, **change: Any) -> Description:
         (with_layers, {"head_size": 32}, "head_size is 32 there and 16 here in layer"),
         (with_layers, {"cache_dtype": "float32"}, "cache_dtype is 'float32' there and 'bfloat16' here in"),
         (with_layers, {"quantization": "fp8"}, "quantization is 'fp8' there and 'none' here in layer"),
-        (with_layers, {"layout": "head-major"}, "layout is 'head-major' there and 'token-major' here in"),
+        (with_layers, {"layout": "latent"}, "layout is 'latent' there and 'token-major' here in layer"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -268,6 +268,35 @@ TABLE = (
     Pair(Side(4, head_major=True), Side(2, head_major=True), HYBRID),
     Pair(Side(2, dtype="float16", head_major=True), Side(1, regroup="staged", head_major=True), 4),
     Pair(Side(2, head_major=True), Side(1, 32, head_major=True), LATENT),
+    # One side head-major, the other token-major, which is converted: as many ranks, more, fewer, sizes that
+    # do not divide one another, copies.
+    *(
+        Pair(Side(prefill, head_major=there), Side(decode, head_major=not there), heads)
+        for prefill, decode, heads in ((2, 2, 8), (4, 1, 8), (1, 4, 8), (3, 2, 6), (4, 6, 12), (8, 2, 4))
+        for there in (False, True)
+    ),
+    # With blocks of other sizes on either side, pipeline stages, groups, another element type.
+    *(
+        pair
+        for there in (False, True)
+        for pair in (
+            Pair(Side(1, 48, head_major=there), Side(2, 32, head_major=not there), 4),
+            Pair(Side(2, 64, 4, head_major=there), Side(1, 128, head_major=not there), 4),
+            Pair(
+                Side(2, layers_per_stage=(2, 1), head_major=there),
+                Side(1, layers_per_stage=(1, 2), head_major=not there),
+                4,
+            ),
+            Pair(Side(4, head_major=there), Side(2, head_major=not there), HYBRID),
+            Pair(Side(1, head_major=there), Side(2, 32, dtype="float16", head_major=not there), 4),
+            Pair(Side(2, head_major=there), Side(1, head_major=not there), Model(4, draft_heads=2)),
+        )
+    ),
+    # Nothing to convert, since token-major pages have one head or a latent row.
+    Pair(Side(4), Side(2, head_major=True), 4),
+    Pair(Side(1, head_major=True), Side(2, 32), 2),
+    Pair(Side(2), Side(1, 32, head_major=True), LATENT),
+    Pair(Side(2, head_major=True, layers_per_stage=(2, 1)), Side(1), LATENT),
 )
 
 

@@ -93,8 +93,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.peers": {"errors"},
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
     "kv_transfer.windows": {"errors", "kv_transfer.plan", "kv_transfer.transport"},
+    "kv_transfer.convert": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.plan", "kv_transfer.topology"),
+        *("kv_transfer.transport", "kv_transfer.windows"),
+    },
+    "kv_transfer.converted": {
+        *("attention.cache_layout", "kv_transfer.convert", "kv_transfer.place", "kv_transfer.staging"),
+        *("kv_transfer.transport", "kv_transfer.windows"),
+    },
     "kv_transfer.staged": {
-        *("errors", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.place", "kv_transfer.plan"),
+        *("errors", "kv_transfer.blocks", "kv_transfer.config", "kv_transfer.convert"),
+        *("kv_transfer.converted", "kv_transfer.place", "kv_transfer.plan"),
         *("kv_transfer.reader", "kv_transfer.staging", "kv_transfer.transport", "kv_transfer.windows"),
     },
     "kv_transfer.staging": {"errors", "kv_transfer.place", "kv_transfer.transport", "kv_transfer.windows"},
@@ -117,7 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.lease", "kv_transfer.messages"),
     *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
-    *("kv_transfer.turns", "kv_transfer.windows"),
+    *("kv_transfer.convert", "kv_transfer.turns", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
     *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.peers", "kv_transfer.reader"),

@@ -75,6 +75,9 @@ MAX_SLOTS = 2**31
 CONVERTIBLE = frozenset({"float16", "bfloat16"})
 """Element types of one size, so that one can be made another where it lies."""
 
+HEAD_MAJOR_OF = {"token-major": "head-major", "latent": "head-major latent"}
+"""For each layout in which a page holds all heads, that of the same rows with a page for each head."""
+
 
 @dataclass(frozen=True)
 class HeadMajor:
@@ -108,9 +111,8 @@ class PageLayout:
     @property
     def name(self) -> str:
         """How a peer is told the order of bytes in a block; equal names mean equal order."""
-        if self.apart is not None:
-            return "head-major latent" if self.planes == 1 else "head-major"
-        return "latent" if self.planes == 1 else "token-major"
+        name = "latent" if self.planes == 1 else "token-major"
+        return name if self.apart is None else HEAD_MAJOR_OF[name]
 
     @property
     def num_pages(self) -> int:
@@ -174,6 +176,16 @@ class PageLayout:
         rows: npt.NDArray[np.int64] = np.add.outer(pages, self.row_offsets(slots)) // self.row_bytes
         return rows
 
+    def head_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens in `slots` as rows of one head each, as [head, plane, slot].
+
+        Such a row has `head_bytes`; they are counted from where the layer begins, over all its memory.
+        """
+        by_head = self.head_bytes if self.apart is None else self.head_stride_bytes
+        heads = np.arange(self.num_heads, dtype=np.int64) * by_head
+        rows: npt.NDArray[np.int64] = np.add.outer(heads, self.row_offsets(slots)) // self.head_bytes
+        return rows
+
     def row_offsets(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where the tokens in `slots` begin, in bytes from where the layer begins, as [plane, slot].
 
@@ -190,6 +202,11 @@ class PageLayout:
 def can_convert(there: str, here: str) -> bool:
     """Whether a page with elements `there` can be made one with elements `here`, where it lies."""
     return there == here or {there, here} <= CONVERTIBLE
+
+
+def can_rearrange(there: str, here: str) -> bool:
+    """Whether pages of the layouts of these names hold the same rows, in whatever order."""
+    return there == here or (there, here) in HEAD_MAJOR_OF.items() or (here, there) in HEAD_MAJOR_OF.items()
 
 
 def page_layout(kv_cache: torch.Tensor, planes: int = HALVES, head_major: bool = False) -> PageLayout:

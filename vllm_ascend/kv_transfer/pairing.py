@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout, can_convert
+from vllm_ascend.attention.cache_layout import (
+    HEAD_MAJOR_OF,
+    HeadMajor,
+    PageLayout,
+    can_convert,
+    can_rearrange,
+)
 from vllm_ascend.errors import TopologyError
 from vllm_ascend.kv_transfer.config import Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack, num_heads_of
@@ -115,6 +121,8 @@ def _kinds_differ(there: LayerKind | StateKind, here: LayerKind | StateKind) -> 
         case LayerKind(), LayerKind():
             if can_convert(there.cache_dtype, here.cache_dtype):
                 there = msgspec.structs.replace(there, cache_dtype=here.cache_dtype)
+            if can_rearrange(there.layout, here.layout):
+                there = msgspec.structs.replace(there, layout=here.layout)
             return differences(there, here)
         case StateKind(), StateKind():
             return differences(there, here)
@@ -152,13 +160,14 @@ def _other_dtype(stack: Stack, peer: Engine) -> str | None:
     if isinstance(stack.kind, StateKind):
         return None  # States of other types are refused.
     kinds = [theirs.kind for rank in peer.ranks for theirs, _ in _in_common(rank, stack)]
-    found = {kind.cache_dtype for kind in kinds if isinstance(kind, LayerKind)}
+    found = {(kind.cache_dtype, kind.layout) for kind in kinds if isinstance(kind, LayerKind)}
     if len(found) > 1:
+        ways = sorted(f"{dtype} {layout}" for dtype, layout in found)
         raise TopologyError(
-            f"prefill engine {peer.engine_id} keeps layers that are alike here in {', '.join(found)}; "
+            f"prefill engine {peer.engine_id} keeps layers that are alike here in {', '.join(ways)}; "
             f"start all its ranks with the same options"
         )
-    dtype = found.pop()
+    ((dtype, _),) = found
     return dtype if dtype != stack.kind.cache_dtype else None
 
 
@@ -193,10 +202,10 @@ def _as_memory(rank: RankRegions, theirs: StackRegions, stack: Stack, peer: Engi
 def _page_of(theirs: StackRegions, stack: Stack, peer: Engine) -> PageLayout:
     """The layout that the peer's pages should have; states may be padded there as they are not here."""
     page = stack.memory.page
-    if isinstance(stack.kind, StateKind):
+    if isinstance(theirs.kind, StateKind):
         return page.padded_to(max(theirs.page_bytes, page.page_bytes - page.padding_bytes))
-    if page.apart is None:
+    if theirs.kind.layout not in HEAD_MAJOR_OF.values():
         return page.of_size(peer.blocks.page_size, theirs.num_heads)
-    # The layout's name is the same here; how far the peer's pages are apart, it says.
+    # How far the peer's pages are apart, only it knows.
     apart = HeadMajor(theirs.head_stride_bytes, theirs.block_stride_bytes)
     return page.of_size(peer.blocks.page_size, theirs.num_heads, apart)

@@ -9,6 +9,9 @@ one range on both sides; it has to be written to the right place, once.
 There are two ways. `PerLayer` shows the page to torch_npu's operator that stores rows at slots as one of many
 short rows, and lets the slots say which row goes where: one operator per layer. `place_kernel.OneLaunch` is a
 Triton kernel for all layers at once, for cards with triton-ascend.
+
+Where the prefill engine's pages are in the other layout, a row is that of one head, and `PerHead` stores it
+by the same operator at the slot that `convert` says.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy.typing as npt
 import torch
 import torch_npu
 
-from vllm_ascend.attention.cache_layout import HALVES
+from vllm_ascend.attention.cache_layout import HALVES, PageLayout, layer_rows
 from vllm_ascend.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
@@ -70,6 +73,29 @@ class PerLayer:
                 layer.view(len(layer), self._rows * shares, 1, row_bytes),
                 target,
             )
+
+
+class PerHead:
+    """Rows of one head each, from anywhere to anywhere in a layer: one operator per layer."""
+
+    def __init__(self, layers: Sequence[torch.Tensor], page: PageLayout) -> None:
+        """`layers`: vLLM's views [num_blocks, heads, block_size, content]; `page`: the layout of all."""
+        self._device = layers[0].device
+        shape = (-1, page.planes * page.block_size, 1, page.head_bytes)
+        self._layers = [layer_rows(layer, page).view(torch.int8).view(shape) for layer in layers]
+
+    def target(self, rows: Ints) -> torch.Tensor:
+        """`rows`, as `PageLayout.head_rows` counts them, for the operator; it skips those below 0."""
+        return torch.from_numpy(rows.astype(np.int32)).to(self._device)
+
+    def place(self, staged: torch.Tensor, layers: Sequence[int], target: torch.Tensor) -> None:
+        """Put `staged` into `layers`, which are positions. Returns once it is queued.
+
+        `staged` is [layers, bytes of their rows], int8 and contiguous; `target` says where each row goes.
+        """
+        for layer, rows in zip(layers, staged, strict=True):
+            cache = self._layers[layer]
+            torch_npu._npu_reshape_and_cache_siso(rows.view(len(target), 1, -1), cache, target)
 
 
 def placing_of(way: str) -> Callable[[Sequence[torch.Tensor]], Placing]:

@@ -24,6 +24,10 @@ Head-major pages (cache_layout.py) are simpler. Where a block holds as many toke
 that a rank gives are one strip of each of its blocks over all layers, and one strip of ours: a range for each
 block and source, for any two sizes. A strip is cut where layers are on different pipeline stages. Where
 blocks differ, K and V of each head are read to where they belong, as far as they lie in a row on both sides.
+The same goes for pages of which one side's are head-major and the other's hold one head, such as latents.
+
+Otherwise, where one side is head-major and the other is not, nothing larger than K of one token and head lies
+in a row on both: the read is no list of ranges, and goes through staging memory (see `convert`).
 
 Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart. Recurrent
 state is planned like rows: its parts for heads, its pages for tokens, and what pads them is left out.
@@ -88,16 +92,23 @@ class Strips:
 
 
 @dataclass(frozen=True)
+class Scattered:
+    """`heads` of each token, numbered over the whole model, each row of one head to its own place."""
+
+    heads: Span
+
+
+@dataclass(frozen=True)
 class Source:
     """What one prefill rank contributes, for every block of a request."""
 
     prefill_rank: int
-    mapping: WholePages | Rows | Strips
+    mapping: WholePages | Rows | Strips | Scattered
     remote: RankMemory
     remote_bases: Ints
     """What is read of block 0 at the prefill rank: where each layer begins, or page, or strip."""
     local_bases: Ints
-    """Where the same begins here."""
+    """Where the same begins here; of rows that are scattered, where each layer does."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,11 @@ class PairPlan:
     sources: tuple[Source, ...]
     shares: int
     """Into how many shares a run's pages are cut. 1: every byte arrives where it belongs."""
+
+    @property
+    def converts(self) -> bool:
+        """Whether the sides' layouts differ so that rows are scattered: there are no `copies` then."""
+        return any(isinstance(source.mapping, Scattered) for source in self.sources)
 
     def copies(self, runs: Runs) -> list[tuple[int, Copies]]:
         """For each source, its prefill rank and the ranges to read for `runs` of tokens.
@@ -132,6 +148,8 @@ class PairPlan:
                 return self._rows(rows, source, runs)
             case Strips(num_bytes):
                 return self._strips(num_bytes, source, runs.in_pages(self.local.page.block_size).one_by_one())
+            case Scattered():
+                raise AssertionError("rows that are scattered are read through staging memory")
             case _:
                 assert_never(source.mapping)
 
@@ -176,10 +194,11 @@ def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> Pa
         for stage in _stages(local, prefill)
         for read in plan_head_reads(local.heads, [prefill[rank].heads for rank in stage], turn)
     ]
-    if local.page.apart is not None:
-        sources = [
-            _source_apart(local, prefill, stage[read.prefill_rank], read.heads) for stage, read in reads
-        ]
+    pages = [local.page, *(prefill[stage[read.prefill_rank]].page for stage, read in reads)]
+    if any(page.apart is not None for page in pages):
+        alike = all(page.row_heads == 1 for page in pages)
+        source_of = _source_apart if alike else _source_scattered
+        sources = [source_of(local, prefill, stage[read.prefill_rank], read.heads) for stage, read in reads]
         return PairPlan(local, tuple(sources), shares=1)
     shares = _equal_shares(local, prefill, reads)
     sources = [_source(local, prefill, stage[read.prefill_rank], read.heads, shares) for stage, read in reads]
@@ -263,10 +282,27 @@ def _source_apart(local: RankMemory, prefill: Sequence[RankMemory], rank: int, h
     return Source(rank, Strips(num_bytes), remote, remote_bases, local_bases)
 
 
+def _source_scattered(local: RankMemory, prefill: Sequence[RankMemory], rank: int, heads: Span) -> Source:
+    if (row_bytes := local.page.head_bytes) % OPERATOR_ROW_BYTES:
+        raise TopologyError(
+            f"K and V of one token and one head have {row_bytes} bytes, and between different layouts only "
+            f"multiples of {OPERATOR_ROW_BYTES} are moved; start both engines with the same kv_cache_layout"
+        )
+    remote = prefill[rank]
+    common = [layer for layer in local.layers if layer in set(remote.layers)]
+    remote_bases, local_bases = (_layer_starts(memory, common) for memory in (remote, local))
+    return Source(rank, Scattered(heads), remote, remote_bases, local_bases)
+
+
+def _layer_starts(memory: RankMemory, layers: Sequence[str]) -> Ints:
+    """Where block 0 of each layer begins; head-major, the page of its first head."""
+    address_of = dict(zip(memory.layers, memory.addresses, strict=True))
+    return np.array([address_of[layer] for layer in layers], dtype=np.int64)
+
+
 def page_starts(memory: RankMemory, layers: Sequence[str], heads: Span) -> Ints:
     """Where block 0 of each layer begins; head-major, each of `heads` of each layer."""
-    address_of = dict(zip(memory.layers, memory.addresses, strict=True))
-    starts = np.array([address_of[layer] for layer in layers], dtype=np.int64)
+    starts = _layer_starts(memory, layers)
     if memory.page.apart is None:
         return starts
     wanted = heads.relative_to(memory.heads.start)

@@ -82,7 +82,7 @@ class Reading:
         local: LocalCache,
         regroups: Sequence[Regroup],
         sources: SideBySide,
-        staging: Staging | None,
+        staging: Staging,
         peer_sums: PeerSums | None,
     ) -> None:
         """`regroups`: one for each stack of the cache. `peer_sums`: where to ask for checksums, to verify."""
@@ -93,6 +93,13 @@ class Reading:
         self._peer_sums = peer_sums
         self._summer = Summer(local.stacks[0].tensors[0].device)
         self._of_tokens = [stack for stack in local.stacks if not stack.is_state]
+
+    def prepare(self, engine: PrefillEngine) -> None:
+        """Have what reading `engine` needs. Raises TopologyError if it cannot be had."""
+        for stack, plans in zip(self._local.stacks, engine.stacks, strict=True):
+            for plan in plans.plans:
+                if plan.converts:
+                    self._staging.prepare(self._of_tokens.index(stack), plan)
 
     def run(self, pull: Pull, engine: PrefillEngine, fence: Fence, clock: Stopwatch) -> TransferNumbers:
         """Read once `fence` is passed. Returns what it cost. Raises KVTransferError."""
@@ -157,7 +164,7 @@ class Reading:
                     f"{len(blocks.ids)} blocks of {blocks.block_size} tokens, which {whose} names, cannot "
                     f"hold {tokens.stop} tokens"
                 )
-        if plan.shares > 1 and self._staging is not None:
+        if self._staging.takes(plan):
             runs = runs_of(tokens, remote, local, plan.local.num_blocks)
             staged = self._staging.read(self._of_tokens.index(stack), plan, runs)
             return _StackRead(stack, tokens, regroup, plan, runs, [], plans.convert_from, staged)

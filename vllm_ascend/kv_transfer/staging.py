@@ -8,14 +8,19 @@ The pool has a fixed number of parts. A reader thread takes a part, reads a wind
 device to be placed, and gives it back at once, with the event after which it may be written again. So the
 next window is on the wire while the device places the one before. A thread holds one part at a time, so any
 number of threads can share the pool and none waits for another for ever.
+
+What windows there are, what is read into them and where it goes then, a `Way` says: `staged.InShares`, heads
+of several sources side by side, or `converted.Converted`, rows out of pages in the other layout.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +29,7 @@ import torch_npu
 
 from vllm_ascend.errors import ConfigError, ReadUnsettled
 from vllm_ascend.kv_transfer.place import Placing
-from vllm_ascend.kv_transfer.transport import Address, Region
+from vllm_ascend.kv_transfer.transport import Address, Copies, Region
 from vllm_ascend.kv_transfer.windows import Window
 
 Ints = npt.NDArray[np.int64]
@@ -47,8 +52,11 @@ class Part:
 
     def pieces(self, window: Window, shares: int, piece_bytes: int) -> torch.Tensor:
         """What a window of it holds: [layers, shares, pages, bytes of a piece], int8."""
-        shape = (len(window.layers), shares, len(window.pages), piece_bytes)
-        return self._memory[: np.prod(shape, dtype=int)].view(shape)
+        return self.holds((len(window.layers), shares, len(window.pages), piece_bytes))
+
+    def holds(self, shape: Sequence[int], before_bytes: int = 0) -> torch.Tensor:
+        """What it holds behind the first `before_bytes`, in this shape, int8."""
+        return self._memory[before_bytes : before_bytes + math.prod(shape)].view(*shape)
 
     def until(self, placed: torch_npu.npu.Event) -> None:
         """It must not be written again before `placed`."""
@@ -75,13 +83,12 @@ class StagingPool:
 
     def __init__(self, num_bytes: int, num_parts: int, largest_page_bytes: int, device: torch.device) -> None:
         """Allocate about `num_bytes`. Raises ConfigError if a part cannot hold a page of one layer."""
+        self._num_bytes, self._num_parts = num_bytes, num_parts
         self.part_bytes = num_bytes // num_parts // _PART_ALIGNMENT_BYTES * _PART_ALIGNMENT_BYTES
-        if self.part_bytes < largest_page_bytes:
-            raise ConfigError(
-                f"staging memory of {num_bytes} bytes has {num_parts} parts of {self.part_bytes} bytes and a "
-                f"page of one layer has {largest_page_bytes}; raise staging_mib in kv_connector_extra_config"
-            )
+        self.check_holds(largest_page_bytes)
         self._memory = torch.empty(num_parts * self.part_bytes, dtype=torch.int8, device=device)
+        # Memory may come from work that is not done with it, which a transport does not wait for.
+        torch_npu.npu.current_stream(device).synchronize()
         self._free: SimpleQueue[Part] = SimpleQueue()
         for memory in self._memory.split(self.part_bytes):
             self._free.put(Part(memory))
@@ -90,6 +97,15 @@ class StagingPool:
     def region(self) -> Region:
         """The memory that a transport must be able to write."""
         return Region(Address(self._memory.data_ptr()), self._memory.numel())
+
+    def check_holds(self, page_bytes: int) -> None:
+        """Raise ConfigError if a part cannot hold `page_bytes`, which are read of a page of one layer."""
+        if self.part_bytes < page_bytes:
+            raise ConfigError(
+                f"staging memory of {self._num_bytes} bytes has {self._num_parts} parts of {self.part_bytes} "
+                f"bytes and a page of one layer has {page_bytes}; raise staging_mib in "
+                f"kv_connector_extra_config"
+            )
 
     @contextmanager
     def take(self) -> Iterator[Part]:
@@ -110,19 +126,74 @@ class StagingPool:
             self._free.put(part)
 
 
+class Way(Protocol):
+    """How some layers of what a request wants go through the pool, window by window."""
+
+    @property
+    def prefill_ranks(self) -> set[int]:
+        """The ranks that are read."""
+        ...
+
+    def windows(self, part_bytes: int) -> Iterator[Window]:
+        """All that is wanted, at most `part_bytes` at a time."""
+        ...
+
+    def num_bytes(self, window: Window) -> int:
+        """What is read of a window, from all ranks."""
+        ...
+
+    def copies(self, window: Window, at: Address) -> list[tuple[int, Copies]]:
+        """The ranges to read for a window into the part that begins at `at`, each with its prefill rank."""
+        ...
+
+    def place(self, part: Part, window: Window) -> None:
+        """Put what was read into `part` where it belongs. Returns when the device has been told."""
+        ...
+
+    def finish(self) -> None:
+        """Return when all that the device was told is done."""
+        ...
+
+
+class PlacingStream:
+    """A stream of the device on which parts are placed. For any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch_npu.npu.Stream(device=device)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Work and memory of the context are the stream's: none is reused while work on it needs it."""
+        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
+            yield
+
+    @contextmanager
+    def placing(self, part: Part) -> Iterator[None]:
+        """The same, for work that reads `part`, which then knows when it is done."""
+        with self.current():
+            yield
+            placed = torch_npu.npu.Event()
+            placed.record()
+        part.until(placed)
+
+    def finish(self) -> None:
+        """Return when all that was put on the stream is done."""
+        self._stream.synchronize()
+
+
 class StagedRegroup:
     """The regroup step of layers that are alike, from staging memory, on a stream of its own."""
 
     def __init__(self, kv_caches: Sequence[torch.Tensor], placing: Placing) -> None:
         """`kv_caches` are vLLM's views [num_blocks, heads, block_size, 2 * head_size], all layers alike."""
         self._placing = placing
-        self._device = kv_caches[0].device
         self._page_bytes = kv_caches[0][0].numel() * kv_caches[0].element_size()
-        self._stream = torch_npu.npu.Stream(device=self._device)
+        self._stream = PlacingStream(kv_caches[0].device)
 
     def target(self, local_pages: Ints, shares: int) -> torch.Tensor:
         """Where `place` is to put the pieces of `local_pages`, in any layer."""
-        return self._placing.target(local_pages, shares)
+        with self._stream.current():
+            return self._placing.target(local_pages, shares)
 
     def place(self, part: Part, window: Window, shares: int, target: torch.Tensor) -> None:
         """Put what was read into `part` where it belongs; `target` was made for the window's pages.
@@ -130,12 +201,9 @@ class StagedRegroup:
         Returns when the device has been told; `part` knows when it is done.
         """
         pieces = part.pieces(window, shares, self._page_bytes // shares)
-        with torch.inference_mode(), torch_npu.npu.stream(self._stream):
+        with self._stream.placing(part):
             self._placing.place(pieces, window.layers.start, target)
-            placed = torch_npu.npu.Event()
-            placed.record()
-        part.until(placed)
 
     def finish(self) -> None:
         """Return when all that was told the device is done."""
-        self._stream.synchronize()
+        self._stream.finish()

@@ -70,6 +70,17 @@ def windows(num_layers: int, num_pages: int, page_bytes: int, part_bytes: int) -
             yield Window(layers, range(first_page, min(first_page + pages_at_once, num_pages)))
 
 
+def windows_of_pages(num_layers: int, num_pages: int, page_bytes: int, part_bytes: int) -> Iterator[Window]:
+    """The same, but all layers of a page where they fit. Layers are cut only where one page's do not."""
+    layers_at_once = min(num_layers, part_bytes // page_bytes)
+    assert layers_at_once > 0 or num_layers == 0
+    pages_at_once = max(1, part_bytes // (max(1, layers_at_once) * page_bytes))
+    for first_page in range(0, num_pages, pages_at_once):
+        pages = range(first_page, min(first_page + pages_at_once, num_pages))
+        for first_layer in range(0, num_layers, max(1, layers_at_once)):
+            yield Window(range(first_layer, min(first_layer + layers_at_once, num_layers)), pages)
+
+
 def copies_into(window: Window, shares: int, source: SharedPages, remote_pages: Ints, at: Address) -> Copies:
     """What is read from `source` for `window`, into the part of the pool that begins at `at`.
 

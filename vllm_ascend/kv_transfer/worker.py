@@ -47,7 +47,7 @@ from vllm_ascend.kv_transfer.peers import Peers
 from vllm_ascend.kv_transfer.reader import ReaderPool, SideBySide, Stopwatch
 from vllm_ascend.kv_transfer.reading import Reading
 from vllm_ascend.kv_transfer.regroup import Fence, Regroup
-from vllm_ascend.kv_transfer.staged import staging_of
+from vllm_ascend.kv_transfer.staged import Staging
 from vllm_ascend.kv_transfer.sums import LayerSums
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Transport
@@ -105,8 +105,8 @@ class WorkerHalf:
         of_tokens = [stack for stack in local.stacks if not stack.is_state]
         # Head-major, there are no heads to put side by side.
         token_major = all(stack.memory.page.apart is None for stack in of_tokens)
-        staging = staging_of(options, [stack.tensors for stack in of_tokens]) if token_major else None
-        transport.register([*local.regions(), *(staging.regions if staging else ())])
+        transport.register(local.regions())
+        staging = Staging(options, [stack.tensors for stack in of_tokens], token_major, transport.register)
         enter_thread = self._regroups[0].enter_thread
         self._readers: ReaderPool[Loaded | NotLoaded] = ReaderPool(options.reader_threads, enter_thread)
         self._sources = SideBySide(transport, _HELPERS_PER_READER * options.reader_threads, enter_thread)
@@ -236,6 +236,7 @@ class WorkerHalf:
                 f"kv_connector_extra_config of both or none"
             )
         engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
+        self._reading.prepare(engine)
         sizes = peer.parallel
         logger.info(
             "prefill engine %s joined: tp=%d, pp=%d, dp=%d",

@@ -11,6 +11,7 @@ from vllm_ascend.attention.cache_layout import (
     HeadMajor,
     PageLayout,
     can_convert,
+    can_rearrange,
     head_windows,
     layer_rows,
     operator_block,
@@ -52,6 +53,33 @@ def test_a_page_of_states_is_one_row_and_padding():
         page.padded_to(16)
     with pytest.raises(ValueError, match="must be a view"):
         state_layout(pages[:, :20].view(3, 1, 4, 5))
+
+
+def test_rows_of_one_head_are_counted_over_all_memory_from_where_the_layer_begins():
+    page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2)
+    # Page 2 has the rows 24 to 29 of K, three of each token, and 30 to 35 of V.
+    assert page.head_rows(np.array([0, 5])).tolist() == [
+        [[0, 27], [6, 33]],
+        [[1, 28], [7, 34]],
+        [[2, 29], [8, 35]],
+    ]
+    # A page of one head has four rows; a head of a block has two of these, its own layer's and another's.
+    apart = HeadMajor(head_stride_bytes=64, block_stride_bytes=192)
+    page = PageLayout(block_size=2, num_heads=3, head_size=4, itemsize_bytes=2, apart=apart)
+    assert page.head_rows(np.array([0, 5])).tolist() == [
+        [[0, 49], [2, 51]],
+        [[8, 57], [10, 59]],
+        [[16, 65], [18, 67]],
+    ]
+
+
+def test_layouts_can_be_rearranged_whose_rows_are_the_same():
+    assert can_rearrange("token-major", "token-major")
+    assert can_rearrange("token-major", "head-major")
+    assert can_rearrange("head-major latent", "latent")
+    assert not can_rearrange("latent", "token-major")
+    assert not can_rearrange("head-major", "head-major latent")
+    assert not can_rearrange("token-major", "something new")
 
 
 def test_rows_are_counted_over_k_and_v_of_all_pages():

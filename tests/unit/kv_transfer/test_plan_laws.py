@@ -1,188 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of a plan, over every valid pair of engines, on real memory.
+"""Laws of a plan, over every valid pair of engines (pairs.py), on real memory.
 
-Valid is what vLLM allows: a TP size divides the KV heads or is a multiple of them, so two sizes need not
-divide one another; layers are split among pipeline stages anywhere; blocks, and the pages that attention cuts
-them into, have any size; a page has K and V or latent rows, of all heads or of one; of a sliding window only
-the end is wanted. States move between equal TP sizes, from pages padded in one way to pages padded in
-another.
+States move between equal TP sizes, from pages padded in one way to pages padded in another.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from unit.kv_transfer.pairs import (
+    HEAD_BYTES,
+    LAYERS,
+    NUM_SLOTS,
+    UNTOUCHED,
+    Cache,
+    Transfer,
+    caches_of,
+    plans,
+    slots_of,
+    transfers,
+)
 
-from vllm_ascend.attention.cache_layout import HeadMajor, PageLayout
-from vllm_ascend.kv_transfer.blocks import Blocks, Runs, neighbours, runs_of, tokens_seen
+from vllm_ascend.attention.cache_layout import PageLayout
+from vllm_ascend.kv_transfer.blocks import Runs, neighbours
 from vllm_ascend.kv_transfer.cover import prove_cover
-from vllm_ascend.kv_transfer.plan import PairPlan, RankMemory, plan_pair, share_positions
-from vllm_ascend.kv_transfer.topology import Span, turns_of
+from vllm_ascend.kv_transfer.plan import RankMemory, plan_pair, share_positions
+from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.transport import Address, Copies, InProcessTransport, Region, Session
-
-HEAD_SIZE, HEAD_BYTES = 16, 32
-NUM_SLOTS, LAYERS = 24, 3
-UNTOUCHED = 0xEE
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One engine."""
-
-    tp_size: int
-    stages: tuple[Span, ...]
-    """The layers of each pipeline stage."""
-    page_size: int
-    pages_per_block: int
-
-    @property
-    def block_size(self) -> int:
-        return self.page_size * self.pages_per_block
-
-
-@dataclass(frozen=True)
-class Transfer:
-    num_kv_heads: int
-    prefill: Sizes
-    decode: Sizes
-    tokens: Span
-    remote_ids: list[int]
-    local_ids: list[int]
-    request: int
-    """Requests that went before."""
-    planes: int
-    """2: K and V. 1: latent rows, which all ranks store."""
-    head_major: bool
-    """On both sides."""
-
-    @property
-    def remote(self) -> Blocks:
-        return Blocks(self.remote_ids, self.prefill.block_size, self.prefill.page_size)
-
-    @property
-    def local(self) -> Blocks:
-        return Blocks(self.local_ids, self.decode.block_size, self.decode.page_size)
-
-    def runs(self, longest: int = NUM_SLOTS) -> Runs:
-        return runs_of(self.tokens, self.remote, self.local, longest)
-
-    def pulled(self) -> range:
-        """The tokens and what is read around them: up to where pages of both sides could begin and end."""
-        common = math.gcd(self.prefill.page_size, self.decode.page_size)
-        return range(self.tokens.start // common * common, -(-self.tokens.stop // common) * common)
-
-
-def heads_of(rank: int, tp_size: int, num_kv_heads: int) -> Span:
-    """Written apart from the code under test: vLLM gives each rank equal, consecutive heads, or one copy."""
-    if tp_size <= num_kv_heads:
-        per_rank = num_kv_heads // tp_size
-        return Span(rank * per_rank, (rank + 1) * per_rank)
-    head = rank // (tp_size // num_kv_heads)
-    return Span(head, head + 1)
-
-
-@st.composite
-def transfers(draw: st.DrawFn) -> Transfer:
-    planes = draw(st.sampled_from([2, 2, 1]))
-    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12] if planes == 2 else [1]))
-    tp_sizes = st.sampled_from([n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0])
-    cuts = st.lists(st.integers(1, LAYERS - 1), unique=True).map(lambda at: [0, *sorted(at), LAYERS])
-    stages = cuts.map(lambda at: tuple(Span(*ends) for ends in itertools.pairwise(at)))
-    # Up to two pages per block, which divide the slots.
-    sizes = st.builds(Sizes, tp_sizes, stages, st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 2))
-    prefill, decode = draw(sizes), draw(sizes)
-    stop = draw(st.integers(1, NUM_SLOTS - 1))
-    start = draw(st.integers(0, (stop - 1) // decode.block_size)) * decode.block_size
-    remote_ids, local_ids = (
-        draw(st.permutations(range(NUM_SLOTS // side.block_size)))[: -(-stop // side.block_size)]
-        for side in (prefill, decode)
-    )
-    tokens = tokens_seen(Span(start, stop), draw(st.none() | st.integers(2, NUM_SLOTS)))
-    request = draw(st.integers(0, 5))
-    head_major = draw(st.booleans())
-    return Transfer(num_kv_heads, prefill, decode, tokens, remote_ids, local_ids, request, planes, head_major)
-
-
-class Cache:
-    """One rank's cache, empty: `bytes` shows `raw` as [layer, block, plane, token, head, byte].
-
-    A page that is nobody's follows each layer, head-major each block, so that they do not touch.
-    """
-
-    def __init__(self, heads: Span, layers: Span, page_size: int, planes: int, head_major: bool) -> None:
-        page = PageLayout(page_size, len(heads), HEAD_SIZE, itemsize_bytes=2, planes=planes)
-        num_blocks = NUM_SLOTS // page_size
-        self._shape = (len(layers), num_blocks, planes, page_size, len(heads), HEAD_BYTES)
-        self._head_major = head_major
-        if head_major:
-            head_bytes = len(layers) * page.page_bytes // len(heads)
-            block_bytes = len(heads) * head_bytes + page.page_bytes
-            page = replace(page, apart=HeadMajor(head_bytes, block_bytes))
-            self.raw = np.full((num_blocks, block_bytes), UNTOUCHED, dtype=np.uint8)
-            self.apart_bytes, layer_bytes = block_bytes, page.page_bytes
-        else:
-            self.apart_bytes = layer_bytes = (num_blocks + 1) * page.page_bytes
-            self.raw = np.full((len(layers), layer_bytes), UNTOUCHED, dtype=np.uint8)
-        self.bytes = self.in_order(self.raw)
-        self.layers = layers
-        base = self.raw.ctypes.data
-        self.region = Region(Address(base), self.raw.nbytes)
-        self.memory = RankMemory(
-            heads,
-            page,
-            num_blocks,
-            tuple(f"layer.{layer}" for layer in range(layers.start, layers.stop)),
-            tuple(Address(base + i * layer_bytes) for i in range(len(layers))),
-        )
-
-    def in_order(self, raw: np.ndarray) -> np.ndarray:
-        """A view of memory like `raw` without what is nobody's."""
-        layers, num_blocks, planes, tokens, heads, head_bytes = self._shape
-        used = raw[:, : math.prod(self._shape) // len(raw)]
-        if self._head_major:
-            return used.reshape(num_blocks, heads, layers, planes, tokens, head_bytes).transpose(
-                2, 0, 3, 4, 1, 5
-            )
-        return used.reshape(self._shape)
-
-    def at(self, slots: Sequence[int]) -> tuple[slice, list[int], slice, list[int]]:
-        """What to index `bytes` with to get the tokens in `slots`, as [slot, layer, plane, head, byte]."""
-        size = self.memory.page.block_size
-        return slice(None), [slot // size for slot in slots], slice(None), [slot % size for slot in slots]
-
-    def part_of(self, reference: np.ndarray) -> np.ndarray:
-        """This rank's layers and heads of `reference` [token or slot, layer, plane, head, byte]."""
-        layers, heads = self.layers, self.memory.heads
-        return reference[:, layers.start : layers.stop, :, heads.start : heads.stop]
-
-
-def caches_of(sizes: Sizes, transfer: Transfer) -> list[Cache]:
-    """Every rank's, stage after stage."""
-    return [
-        Cache(
-            heads_of(rank, sizes.tp_size, transfer.num_kv_heads),
-            stage,
-            sizes.page_size,
-            transfer.planes,
-            transfer.head_major,
-        )
-        for stage in sizes.stages
-        for rank in range(sizes.tp_size)
-    ]
-
-
-def slots_of(blocks: Blocks, tokens: Iterable[int]) -> list[int]:
-    """Written apart from the code under test."""
-    return [
-        blocks.ids[token // blocks.block_size] * blocks.block_size + token % blocks.block_size
-        for token in tokens
-    ]
 
 
 def regrouped(cache: Cache, runs: Runs, shares: int) -> np.ndarray:
@@ -198,13 +45,10 @@ def regrouped(cache: Cache, runs: Runs, shares: int) -> np.ndarray:
     return result
 
 
-def plans(transfer: Transfer, prefill: Sequence[Cache]) -> Iterator[tuple[Cache, PairPlan]]:
-    """Every decode rank's empty cache, and its plan for the request."""
-    tp_size = transfer.decode.tp_size
-    for place, decode in enumerate(caches_of(transfer.decode, transfer)):
-        turns = turns_of(place % tp_size, tp_size, transfer.num_kv_heads)
-        turn = next(itertools.islice(turns, transfer.request, None))
-        yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn)
+def with_layout(transfer: Transfer, head_major: bool) -> Transfer:
+    """The same, with this layout on both sides."""
+    prefill, decode = (replace(side, head_major=head_major) for side in (transfer.prefill, transfer.decode))
+    return replace(transfer, prefill=prefill, decode=decode)
 
 
 def joinable(copies: Copies, apart_bytes: int, base: int) -> int:
@@ -264,9 +108,9 @@ def test_no_two_ranges_could_be_one(transfer):
 @settings(deadline=None)
 @given(transfers())
 def test_where_prefill_ranks_hold_no_unwanted_head_a_range_covers_a_whole_run(transfer):
+    transfer = with_layout(transfer, head_major=False)
     assume(transfer.prefill.tp_size % transfer.decode.tp_size == 0)
     assume(transfer.prefill.page_size == transfer.decode.page_size)
-    assume(not transfer.head_major)
     runs = transfer.runs()
     for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
         num_ranges = sum(len(copies) for _, copies in plan.copies(runs))
@@ -333,7 +177,7 @@ class StateCache:
 @settings(deadline=None)
 @given(transfers())
 def test_head_major_a_range_covers_a_block_for_any_two_sizes(transfer):
-    transfer = replace(transfer, head_major=True)
+    transfer = with_layout(transfer, head_major=True)
     assume(transfer.prefill.page_size == transfer.decode.page_size)
     assume(transfer.prefill.stages == transfer.decode.stages)
     runs = transfer.runs()

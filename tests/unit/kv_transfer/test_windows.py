@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from vllm_ascend.errors import ReadFailed
 from vllm_ascend.kv_transfer.transport import Address, Copies
-from vllm_ascend.kv_transfer.windows import SharedPages, Window, copies_into, prove_filled, windows
+from vllm_ascend.kv_transfer.windows import (
+    SharedPages,
+    Window,
+    copies_into,
+    prove_filled,
+    windows,
+    windows_of_pages,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,23 @@ from vllm_ascend.kv_transfer.windows import SharedPages, Window, copies_into, pr
 )
 def test_windows_are_whole_layers_where_they_fit(num_layers, num_pages, part_bytes, expected):
     cut = windows(num_layers, num_pages, page_bytes=10, part_bytes=part_bytes)
+    assert [(w.layers.start, w.layers.stop, w.pages.start, w.pages.stop) for w in cut] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_pages", "part_bytes", "expected"),
+    [
+        pytest.param(3, 4, 120, [(0, 3, 0, 4)], id="all at once"),
+        pytest.param(3, 4, 119, [(0, 3, 0, 3), (0, 3, 3, 4)], id="three pages, then one"),
+        pytest.param(
+            3, 2, 29, [(0, 2, 0, 1), (2, 3, 0, 1), (0, 2, 1, 2), (2, 3, 1, 2)], id="parts of a page"
+        ),
+        pytest.param(2, 1, 10, [(0, 1, 0, 1), (1, 2, 0, 1)], id="a layer at a time"),
+        pytest.param(2, 0, 10, [], id="nothing to read"),
+    ],
+)
+def test_windows_are_all_layers_of_pages_where_they_fit(num_layers, num_pages, part_bytes, expected):
+    cut = windows_of_pages(num_layers, num_pages, page_bytes=10, part_bytes=part_bytes)
     assert [(w.layers.start, w.layers.stop, w.pages.start, w.pages.stop) for w in cut] == expected
 
 
