@@ -42,6 +42,8 @@ from vllm_mooncake import HEAD_SIZE, HEADS, LAYERS, TOKENS, VllmHandoffs
 
 TOTAL_BYTES = TOKENS * LAYERS * HEADS * HEAD_SIZE * 2 * 2
 PAIRS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (1, 2))
+CONVERTED = ((1, 1), (2, 1), (1, 2))
+"""Of these, also between engines of which one is head-major and the other is not."""
 BLOCK_SIZES = (128, 16)
 PLAIN_RANGE_BYTES = 4 << 20
 
@@ -50,14 +52,17 @@ MODEL = Model(HEADS, group_of_layer=(0,) * LAYERS, head_size=HEAD_SIZE)
 
 @dataclass(frozen=True)
 class Way:
-    """How both engines lay out KV, and how the decode engine takes it."""
+    """How the two engines lay out KV, and how the decode engine takes it."""
 
-    layout: str
+    prefill: str
+    decode: str
     regroup: str = "operators"
 
     @property
     def name(self) -> str:
-        return self.layout if self.regroup == "operators" else f"{self.layout}, {self.regroup}"
+        if self.prefill != self.decode:
+            return f"converted, {self.prefill.removesuffix('major')} to {self.decode}"
+        return self.decode if self.regroup == "operators" else f"{self.decode}, {self.regroup}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,16 @@ class Pair:
     @property
     def ways(self) -> list[Way]:
         """Staging memory is for heads of several sources, whose rows a token-major page mixes."""
-        staged = [Way("token-major", "staged")] if self.prefill_tp > self.decode_tp else []
-        return [Way("token-major"), *staged, Way("head-major")]
+        token, head = "token-major", "head-major"
+        staged = [Way(token, token, "staged")] if self.prefill_tp > self.decode_tp else []
+        converted = [Way(token, head), Way(head, token)]
+        is_converted = (self.prefill_tp, self.decode_tp) in CONVERTED
+        return [Way(token, token), *staged, Way(head, head), *(converted if is_converted else [])]
+
+    def bytes_read(self, way: Way) -> int:
+        """Of token-major pages that are converted, a rank reads all heads, also where it wants some."""
+        too_many = way.prefill == "token-major" and way.decode == "head-major"
+        return TOTAL_BYTES * (max(1, self.decode_tp // self.prefill_tp) if too_many else 1)
 
 
 class PlainReader:
@@ -173,8 +186,10 @@ class Handoffs:
 
 @contextmanager
 def engines(pair: Pair, folder: Path) -> Iterator[list[tuple[Engine, Engine]]]:
-    """For each way a prefill and a decode engine; ways of one layout share the former."""
+    """For each way a prefill and a decode engine; ways that begin with one layout share the former."""
     model = model_folder(folder, HEADS, num_hidden_layers=LAYERS, head_dim=HEAD_SIZE)
+
+    numbers = itertools.count()
 
     def start(tp_size: int, role: str, layout: str, **extra: Any) -> Engine:
         config = engine_config(
@@ -184,19 +199,19 @@ def engines(pair: Pair, folder: Path) -> Iterator[list[tuple[Engine, Engine]]]:
             {"peer_timeout_s": 60, **extra},
             block_size=pair.block_size,
             head_major=layout == "head-major",
-            engine_id=f"{role} {layout} {extra.get('regroup')}",
+            engine_id=f"{role} {next(numbers)}",
         )
         return Engine(config, MODEL, num_blocks=2 * pair.num_blocks)
 
-    layouts = dict.fromkeys(way.layout for way in pair.ways)
+    layouts = dict.fromkeys(way.prefill for way in pair.ways)
     prefills = {layout: start(pair.prefill_tp, "kv_producer", layout, lease_s=600) for layout in layouts}
-    decodes = [start(pair.decode_tp, "kv_consumer", way.layout, regroup=way.regroup) for way in pair.ways]
+    decodes = [start(pair.decode_tp, "kv_consumer", way.decode, regroup=way.regroup) for way in pair.ways]
     with running(*prefills.values(), *decodes):
         for prefill in prefills.values():
             for rank, layer in itertools.product(range(pair.prefill_tp), range(LAYERS)):
                 bits = prefill.layer(rank, layer)
                 bits.copy_(torch.randint(-(1 << 15), 1 << 15, bits.shape, dtype=bits.dtype))
-        yield [(prefills[way.layout], decode) for way, decode in zip(pair.ways, decodes, strict=True)]
+        yield [(prefills[way.prefill], decode) for way, decode in zip(pair.ways, decodes, strict=True)]
 
 
 @contextmanager
@@ -220,7 +235,7 @@ def measure(pair: Pair, folder: Path, rounds: int) -> Iterator[dict[str, object]
         plain_s, theirs_s, *ways_s = medians_s(rounds, lambda: timed(plain), theirs, *handoffs)
         plain.close()
     for way, seconds, handoff in zip(pair.ways, ways_s, handoffs, strict=True):
-        assert handoff.costs[-1]["bytes"] == TOTAL_BYTES
+        assert handoff.costs[-1]["bytes"] == pair.bytes_read(way)
         yield {
             "benchmark": "handoff",
             "case": f"{way.name}, {pair.name}",
