@@ -23,6 +23,7 @@ class FaultyTransport:
     faults: list[Fault] = field(default_factory=list)
     detours: dict[Session, Session] = field(default_factory=dict)
     """Sessions that are reached by another address."""
+    registered: list[Region] = field(default_factory=list)
 
     @property
     def session(self) -> Session:
@@ -30,6 +31,7 @@ class FaultyTransport:
 
     def register(self, regions: Sequence[Region]) -> None:
         self.inner.register(regions)
+        self.registered.extend(regions)
 
     def read(self, peer: Session, copies: Copies) -> None:
         peer = self.detours.get(peer, peer)

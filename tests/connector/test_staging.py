@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ascend.errors import ConfigError, ReadUnsettled
+from vllm_ascend.errors import ConfigError, ReadFailed, ReadUnsettled
 from vllm_ascend.kv_transfer.place import PerLayer, placing_of
-from vllm_ascend.kv_transfer.staging import StagedRegroup, StagingPool
+from vllm_ascend.kv_transfer.staged import StagedRead
+from vllm_ascend.kv_transfer.staging import Part, PlacingStream, StagedRegroup, StagingPool
+from vllm_ascend.kv_transfer.transport import Address, Copies, Session
 from vllm_ascend.kv_transfer.windows import Window, windows
 
 DEVICE = torch.device("npu", 1)
@@ -128,6 +131,51 @@ def test_a_pool_too_small_for_a_page_is_refused():
 def test_triton_without_its_build_for_cards_is_refused_by_name():
     with pytest.raises(ConfigError, match="triton-ascend, which is not installed; pip install triton-ascend"):
         placing_of("triton")
+
+
+def test_what_was_placed_is_done_when_a_later_read_has_failed():
+    """vLLM gives the pages to others then, and nothing may be written to them any more."""
+    way, pool = _SlowWay(), StagingPool(8192, 2, 1024, DEVICE)
+    reads: list[object] = []
+
+    def fails_the_second_time(wanted: object) -> None:
+        reads.append(wanted)
+        if len(reads) == 2:
+            raise ReadFailed("the cable is cut")
+
+    with pytest.raises(ReadFailed, match="cable"):
+        StagedRead([way], pool).run(fails_the_second_time, [Session("there")])
+    assert way.done.query()
+
+
+class _SlowWay:
+    """Two windows of 1,024 bytes, of which each takes a while to place."""
+
+    prefill_ranks: ClassVar[set[int]] = {0}
+
+    def __init__(self) -> None:
+        self.done = torch.npu.Event()
+        self._stream = PlacingStream(DEVICE)
+        self._source = torch.ones(2**22, pin_memory=True)
+        self._target = torch.zeros(2**22, device=DEVICE)
+
+    def windows(self, part_bytes: int) -> Iterator[Window]:
+        yield from (Window(range(1), range(page, page + 1)) for page in range(2))
+
+    def num_bytes(self, window: Window) -> int:
+        return 1024
+
+    def copies(self, window: Window, at: Address) -> list[tuple[int, Copies]]:
+        return [(0, Copies(np.array([0]), np.array([at]), np.array([1024])))]
+
+    def place(self, part: Part, window: Window) -> None:
+        with self._stream.placing(part):
+            for _ in range(8):
+                self._target.copy_(self._source, non_blocking=True)
+            self.done.record()
+
+    def finish(self) -> None:
+        self._stream.finish()
 
 
 class _Slow(PerLayer):

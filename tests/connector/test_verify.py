@@ -7,6 +7,7 @@ That true KV passes, for every pair of sizes and layouts, is shown by test_trans
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from connector.engines import BLOCK_SIZE, Engine, admit, engine_config, model_folder, prefilled, running
 from connector.faults import FaultyConnector, FaultyTransport, Read
+from connector.topologies import LAYERS
 
 from vllm_ascend.kv_transfer.handshake import Channel, Listener
 from vllm_ascend.kv_transfer.messages import Answer, AskSums, Question, prompt_digest
@@ -26,12 +28,16 @@ LAST_LAYER = 2
 WRONG = "its KV is not what the prefill engine computed, in layer"
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids=["regrouped", "as it is"])
+@pytest.fixture(
+    scope="module", params=[(2, False), (1, False), (2, True)], ids=["regrouped", "as it is", "converted"]
+)
 def engines(request, tmp_path_factory) -> Iterator[tuple[Engine, Engine, FaultyTransport]]:
-    """A prefill engine with as many ranks as the parameter says, and a decode engine with one."""
+    """A prefill engine of so many ranks, head-major or not, and a token-major decode engine of one."""
+    tp_size, head_major = request.param
     model = model_folder(tmp_path_factory.mktemp("model"), HEADS)
     options = {"verify": True, "peer_timeout_s": 5}
-    prefill = Engine(engine_config(model, request.param, "kv_producer", options), HEADS)
+    config = engine_config(model, tp_size, "kv_producer", options, head_major=head_major)
+    prefill = Engine(config, HEADS)
     FaultyConnector.transports.clear()
     decode = Engine(engine_config(model, 1, "kv_consumer", options), HEADS, connector=FaultyConnector)
     with running(prefill, decode):
@@ -43,8 +49,8 @@ def load(
 ) -> bool:
     """Prefill random KV, sum it, read it. Returns whether the load was good."""
     prefill, decode, _ = engines
-    for rank in range(prefill.num_ranks):
-        prefill.pages(rank).random_()
+    for rank, layer in itertools.product(range(prefill.num_ranks), range(LAYERS)):
+        prefill.layer(rank, layer).random_()
     decode.pages(0).zero_()
     params = prefilled(prefill, "p", PROMPT, REMOTE)
     prefill.step()
@@ -70,7 +76,7 @@ def test_a_bit_that_flips_in_a_source_block_after_prefill(engines, element, capl
 
     def fault() -> None:
         # The last token's row is decode's own to compute; the one before it is the last that is read.
-        row = prefill.pages(0)[LAST_LAYER, REMOTE[-1], 1, -2, -1]
+        row = prefill.layer(0, LAST_LAYER)[REMOTE[-1], 1, -2, -1]
         row[element] = int(row[element].cpu()) ^ 4
 
     assert not load(engines, fault)
@@ -82,7 +88,7 @@ def test_the_last_prompt_token_is_not_among_what_is_verified(engines):
     prefill, _, _ = engines
 
     def fault() -> None:
-        prefill.pages(0)[LAST_LAYER, REMOTE[-1], 1, -1, -1] = 7
+        prefill.layer(0, LAST_LAYER)[REMOTE[-1], 1, -1, -1] = 7
 
     assert load(engines, fault)
 
@@ -150,8 +156,8 @@ def test_heads_in_the_wrong_order_are_seen(engines, caplog_vllm):
 
 def test_a_bit_that_flips_after_the_regroup(engines, caplog_vllm):
     prefill, decode, _ = engines
-    for rank in range(prefill.num_ranks):
-        prefill.pages(rank).random_()
+    for rank, layer in itertools.product(range(prefill.num_ranks), range(LAYERS)):
+        prefill.layer(rank, layer).random_()
     params = prefilled(prefill, "p", PROMPT, REMOTE)
     prefill.step()
     channel = Channel(params["remote_host"], params["remote_port"], 5)

@@ -23,6 +23,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "recall_model"
 MODEL_NAME = "recall"
 NUM_BLOCKS = 80
 EMULATOR = ("--devices", "16", "--memory", "1GiB")
+HEAD_MAJOR = ("--additional-config", '{"kv_cache_layout": "head_major"}')
 TASK_QUEUE = {"TASK_QUEUE_ENABLE": "1"}
 """torch_npu's default, for engines that shall have it; `engine()` does without, to spare cores."""
 
@@ -46,7 +47,8 @@ def on_fleet(make: Callable[[Path], list[Server]]) -> pytest.MarkDecorator:
 
 def recall_fleet(folder: Path) -> list[Server]:
     """The recall model in every size, each engine feeding each; and one that serves something else."""
-    in_stages = ("--pipeline-parallel-size", "2")
+    # Of the other layout, too, so that whoever feeds it or is fed by it converts.
+    in_stages = ("--pipeline-parallel-size", "2", *HEAD_MAJOR)
     # vLLM would start an API server for each rank. Sizes as deployments of earlier releases give them.
     replicated = ("--data-parallel-size", "2", "--api-server-count", "1", "--served-model-name", "other")
     sizes = {"prefill": {"tp_size": 1, "dp_size": 2}}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disaggregated.fleet import MODEL, connector, engine_options, hand_over, text_of
+from disaggregated.fleet import HEAD_MAJOR, MODEL, connector, engine_options, hand_over, text_of
 from recall import make_question
 from servers import Server, engine, running
 
@@ -24,7 +24,7 @@ def engines(log_dir: Path) -> Iterator[dict[int, Server]]:
             kv_transfer_config=connector("kv_both"),
             options=(
                 *engine_options(BLOCK_SIZE),
-                *("--additional-config", '{"kv_cache_layout": "head_major"}'),
+                *HEAD_MAJOR,
             ),
         )
         for tp_size, devices in ((1, [0]), (2, [1, 2]))

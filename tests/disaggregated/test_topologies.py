@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of every kind that differ, at once: tensor and pipeline parallel, block sizes."""
+"""Engines of every kind that differ, at once: tensor and pipeline parallel, block sizes, layouts."""
 
 import json
 import subprocess
@@ -19,10 +19,17 @@ pytestmark = on_fleet(recall_fleet)
     ("prefill", "decode", "sources"),
     [
         pytest.param("one", "two", [0], id="prefill TP 1, decode TP 2"),
-        pytest.param("one", "staged", [0], id="stages 1 to 2, blocks of 128 to 64"),
-        pytest.param("staged", "one", [0, 1], id="stages 2 to 1, blocks of 64 to 128"),
-        pytest.param("staged", "two", [0, 1], id="stages 2 to 1, TP 1 to 2, blocks of 64 to 128"),
-        pytest.param("four", "staged", [0, 1, 2, 3], id="stages 1 to 2, TP 4 to 1, blocks of 128 to 64"),
+        pytest.param("one", "staged", [0], id="stages 1 to 2, blocks of 128 to 64, token- to head-major"),
+        pytest.param("staged", "one", [0, 1], id="stages 2 to 1, blocks of 64 to 128, head- to token-major"),
+        pytest.param(
+            "staged", "two", [0, 1], id="stages 2 to 1, TP 1 to 2, blocks of 64 to 128, head- to token-major"
+        ),
+        pytest.param(
+            "four",
+            "staged",
+            [0, 1, 2, 3],
+            id="stages 1 to 2, TP 4 to 1, blocks of 128 to 64, token-major pages of one head to head-major",
+        ),
     ],
 )
 @pytest.mark.parametrize("num_prompt_tokens", [17, 65, 129, 300, 512])
