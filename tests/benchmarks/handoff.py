@@ -83,16 +83,16 @@ class Pair:
 
     @property
     def ways(self) -> list[Way]:
-        """Staging memory is for heads of several sources, whose rows a token-major page mixes."""
+        """Staging memory is for token-major pages of other sizes: more of them, or parts of them."""
         token, head = "token-major", "head-major"
-        staged = [Way(token, token, "staged")] if self.prefill_tp > self.decode_tp else []
+        staged = [Way(token, token, "staged")] if self.prefill_tp != self.decode_tp else []
         converted = [Way(token, head), Way(head, token)]
         is_converted = (self.prefill_tp, self.decode_tp) in CONVERTED
         return [Way(token, token), *staged, Way(head, head), *(converted if is_converted else [])]
 
     def bytes_read(self, way: Way) -> int:
-        """Of token-major pages that are converted, a rank reads all heads, also where it wants some."""
-        too_many = way.prefill == "token-major" and way.decode == "head-major"
+        """Of token-major pages that are taken apart, a rank reads all heads, also where it wants some."""
+        too_many = way.prefill == "token-major" and (way.decode == "head-major" or way.regroup == "staged")
         return TOTAL_BYTES * (max(1, self.decode_tp // self.prefill_tp) if too_many else 1)
 
 

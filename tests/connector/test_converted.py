@@ -265,6 +265,6 @@ def test_engines_do_not_fit_without_staging_memory(prefills, model, caplog_vllm,
     with running(decode, prefill := Engine(large, HEADS)):
         ask(prefill, decode, "refused", LOCAL)
         assert ended(decode, "refused") == {"refused"}
-        assert f"pages of the other kv_cache_layout must be converted: {sentence}" in caplog_vllm.text
+        assert f"its pages must be converted, which takes staging memory: {sentence}" in caplog_vllm.text
         ask(token_major, decode, "same", LOCAL)
         assert not ended(decode, "same")

@@ -193,10 +193,14 @@ def bytes_read(decode: Engine, rank: int, layer: int, pair: Pair, sources: Seque
 
 
 def is_converted(pair: Pair, layer: int) -> bool:
-    """Unless token-major pages have one head, when they are like head-major ones."""
-    sides = [side for side in (pair.prefill, pair.decode) if not side.head_major]
-    one_head = [pair.model.heads_on_a_rank(side.tp_size, layer) == 1 for side in sides]
-    return len(sides) == 1 and not pair.model.latent and not one_head[0]
+    """Layouts differ, unless token-major pages have one head; or a staged read wants a part of the heads."""
+    prefill, decode = pair.prefill, pair.decode
+    there, here = (pair.model.heads_on_a_rank(side.tp_size, layer) for side in (prefill, decode))
+    if pair.model.latent or pair.model.keeps_state(layer):
+        return False
+    if prefill.head_major != decode.head_major:
+        return (here if prefill.head_major else there) > 1
+    return decode.regroup == "staged" and not decode.head_major and here % there != 0
 
 
 def as_in_decode(pair: Pair, bits: torch.Tensor) -> torch.Tensor:

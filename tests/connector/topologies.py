@@ -252,6 +252,8 @@ TABLE = (
     Pair(Side(4), Side(2, regroup="staged"), Model(8, draft_heads=4)),
     Pair(Side(2), Side(1, dtype="float16", regroup="staged"), 4),
     Pair(Side(1), Side(2, regroup="staged"), 4),
+    Pair(Side(3), Side(2, regroup="staged"), 6),
+    Pair(Side(1, 64, 4), Side(4, 48, regroup="staged"), 8),
     Pair(Side(2), Side(1, regroup="staged"), LATENT),
     # Head-major on both sides: as many ranks, more, fewer, sizes that do not divide one another, copies.
     *(
@@ -272,7 +274,7 @@ TABLE = (
     # do not divide one another, copies.
     *(
         Pair(Side(prefill, head_major=there), Side(decode, head_major=not there), heads)
-        for prefill, decode, heads in ((2, 2, 8), (4, 1, 8), (1, 4, 8), (3, 2, 6), (4, 6, 12), (8, 2, 4))
+        for prefill, decode, heads in ((2, 2, 8), (4, 1, 8), (1, 4, 8), (3, 2, 6), (8, 2, 4))
         for there in (False, True)
     ),
     # With blocks of other sizes on either side, pipeline stages, groups, another element type.

@@ -62,9 +62,14 @@ class Options:
     regroup: str = "operators"
     """Decode: how heads of several sources get side by side, one of REGROUPS."""
     staging_mib: int = 128
-    """Decode, unless regroup is `operators`: device memory that pieces are read into first."""
+    """Decode: device memory that pieces are read into first, once something needs it."""
     prefill: Sizes = Sizes()
     decode: Sizes = Sizes()
+
+    @property
+    def uses_staging(self) -> bool:
+        """Whether heads get side by side by way of staging memory."""
+        return self.regroup != "operators"
 
 
 def parse_options(extra: Mapping[str, Any]) -> Options:  # Any: vLLM hands over parsed JSON

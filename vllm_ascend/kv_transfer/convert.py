@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens out of pages in the other layout: what is read in one piece, and where each row of it goes.
+"""Tokens out of pages that are cut otherwise: what is read in one piece, and where each row of it goes.
 
 A token-major page has the heads of a token side by side, a head-major one the tokens of a head. What both
 have in one piece is a row, K or V of one token and head, of a few hundred bytes; a request would be a million
-ranges. So whole pages are read into staging memory, as the prefill rank has them, and the rows are put where
-they belong from there. In the part of the pool that a window is read into lie,
+ranges. Token-major pages with heads that this rank does not want are no better: a range for each token. So
+whole pages are read into staging memory, as the prefill rank has them, and the rows are put where they belong
+from there. In the part of the pool that a window is read into lie,
 
     token-major there   [layer, source, page]          pages: [K and V, token, head]
     head-major there    [source, page, head, layer]    pages: [K and V, token]
@@ -106,8 +107,8 @@ class Stage:
         read = self._blocks if self.head_major else self._pages
         pages = tokens.pages[window.pages.start : window.pages.stop]
         return [
-            (piece.prefill_rank, read(piece, before, window, pages, at))
-            for piece, before in zip(self.pieces, self.bytes_before(), strict=True)
+            (piece.prefill_rank, read(piece, before_bytes, window, pages, at))
+            for piece, before_bytes in zip(self.pieces, self.bytes_before(), strict=True)
         ]
 
     def targets(self, tokens: PagedTokens, pages: range) -> Ints:
@@ -133,10 +134,10 @@ class Stage:
         of_piece[kept] = rows[piece.wanted.start : piece.wanted.stop]
         return of_piece.transpose((2, 0, 1, 3) if self.head_major else (2, 1, 3, 0))
 
-    def _pages(self, piece: Piece, before: int, window: Window, pages: Ints, at: Address) -> Copies:
+    def _pages(self, piece: Piece, before_bytes: int, window: Window, pages: Ints, at: Address) -> Copies:
         runs = neighbours(pages, np.arange(len(pages)), size=1, longest=len(pages))
         layers = np.arange(len(window.layers), dtype=np.int64) * self.page_bytes * len(pages)
-        into = at + layers + before * len(pages)
+        into = at + layers + before_bytes * len(pages)
         bases = piece.bases[window.layers.start : window.layers.stop]
         return Copies(
             remote=np.add.outer(bases, runs.remote_start * piece.num_bytes).reshape(-1),
@@ -144,20 +145,18 @@ class Stage:
             num_bytes=np.tile(runs.length * piece.num_bytes, len(bases)),
         )
 
-    def _blocks(self, piece: Piece, before: int, window: Window, pages: Ints, at: Address) -> Copies:
+    def _blocks(self, piece: Piece, before_bytes: int, window: Window, pages: Ints, at: Address) -> Copies:
         page = piece.remote.page
         bases = piece.bases[window.layers.start : window.layers.stop]
         heads = np.arange(piece.num_heads, dtype=np.int64) * page.head_stride_bytes
         of_block = np.add.outer(heads, bases).reshape(-1)
         into = np.arange(len(of_block), dtype=np.int64) * page.page_bytes
         strips = neighbours(of_block, into, size=page.page_bytes, longest=len(of_block))
-        block_bytes = len(of_block) * page.page_bytes
+        blocks = np.arange(len(pages), dtype=np.int64) * len(of_block) * page.page_bytes
+        first = at + before_bytes * len(pages) * len(bases)
         return Copies(
             remote=np.add.outer(pages * page.block_stride_bytes, strips.remote_start).reshape(-1),
-            local=np.add.outer(
-                at + before * len(pages) * len(bases) + np.arange(len(pages)) * block_bytes,
-                strips.local_start,
-            ).reshape(-1),
+            local=np.add.outer(first + blocks, strips.local_start).reshape(-1),
             num_bytes=np.tile(strips.length, len(pages)),
         )
 

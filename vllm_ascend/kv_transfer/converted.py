@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows out of pages in the other layout, from staging memory to where they belong: one operator per layer.
+"""Rows of single heads, from staging memory to where they belong: one operator per layer.
 
 What is read, and where its rows go, `convert` has worked out. Head-major, the layers of a block came in one
 range and lie between each other; one copy sets them apart, so that each layer's rows are what the operator

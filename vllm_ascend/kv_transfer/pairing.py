@@ -22,7 +22,7 @@ from vllm_ascend.attention.cache_layout import (
     can_rearrange,
 )
 from vllm_ascend.errors import TopologyError
-from vllm_ascend.kv_transfer.config import Sizes, check_sizes
+from vllm_ascend.kv_transfer.config import Options, Sizes, check_sizes
 from vllm_ascend.kv_transfer.local import LocalCache, Rank, Stack, num_heads_of
 from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
@@ -65,16 +65,16 @@ class PrefillEngine:
     """How it cuts its cache."""
 
 
-def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes) -> PrefillEngine:
+def pair_with(peer: Engine, local: LocalCache, protocol: str, options: Options) -> PrefillEngine:
     """Check the peer's description against this rank and plan the reads.
 
-    `configured` are the prefill sizes that the user gave, if any. Raises TopologyError naming what does
-    not fit.
+    Of `options`, the prefill sizes that the user gave are checked, if any, and whether reads are staged is
+    planned for. Raises TopologyError naming what does not fit.
     """
     _check_same(peer, local)
     sizes = peer.parallel
     found = Sizes(tp_size=sizes.tp_size, dp_size=sizes.dp_size, pp_size=sizes.pp_size)
-    if complaint := check_sizes(configured, found, "prefill"):
+    if complaint := check_sizes(options.prefill, found, "prefill"):
         raise TopologyError(complaint)
     if peer.protocol != protocol:
         raise TopologyError(
@@ -83,7 +83,7 @@ def pair_with(peer: Engine, local: LocalCache, protocol: str, configured: Sizes)
         )
     return PrefillEngine(
         sessions=tuple(Session(rank.session) for rank in peer.ranks),
-        stacks=tuple(_plans(stack, peer, local.rank) for stack in local.stacks),
+        stacks=tuple(_plans(stack, peer, local.rank, options.uses_staging) for stack in local.stacks),
         blocks=peer.blocks,
     )
 
@@ -140,7 +140,7 @@ def _in_common(rank: RankRegions, stack: Stack) -> Iterator[tuple[StackRegions, 
             yield theirs, common[0]
 
 
-def _plans(stack: Stack, peer: Engine, own: Rank) -> StackPlans:
+def _plans(stack: Stack, peer: Engine, own: Rank, staged_parts: bool) -> StackPlans:
     ranks = [_memory_of(rank, stack, peer) for rank in peer.ranks]
     # Turns are taken among the ranks of one pipeline stage.
     turns = math.lcm(
@@ -150,7 +150,7 @@ def _plans(stack: Stack, peer: Engine, own: Rank) -> StackPlans:
         )
     )
     return StackPlans(
-        plans=tuple(plan_pair(stack.memory, ranks, turn) for turn in range(turns)),
+        plans=tuple(plan_pair(stack.memory, ranks, turn, staged_parts) for turn in range(turns)),
         turn=turns_of(own.tp_rank, own.tp_size, num_heads_of(stack.kind)),
         convert_from=_other_dtype(stack, peer),
     )

@@ -10,8 +10,8 @@ There are two ways. `PerLayer` shows the page to torch_npu's operator that store
 short rows, and lets the slots say which row goes where: one operator per layer. `place_kernel.OneLaunch` is a
 Triton kernel for all layers at once, for cards with triton-ascend.
 
-Where the prefill engine's pages are in the other layout, a row is that of one head, and `PerHead` stores it
-by the same operator at the slot that `convert` says.
+Where the prefill engine's pages are in the other layout, or have heads that are not wanted, a row is that of
+one head, and `PerHead` stores it by the same operator at the slot that `convert` says.
 """
 
 from __future__ import annotations

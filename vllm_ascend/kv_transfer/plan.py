@@ -27,7 +27,8 @@ blocks differ, K and V of each head are read to where they belong, as far as the
 The same goes for pages of which one side's are head-major and the other's hold one head, such as latents.
 
 Otherwise, where one side is head-major and the other is not, nothing larger than K of one token and head lies
-in a row on both: the read is no list of ranges, and goes through staging memory (see `convert`).
+in a row on both: the read is no list of ranges, and goes through staging memory (see `convert`). So do parts
+of rows, token-major on both sides, if the engine stages what it regroups.
 
 Layers that differ in shape, or lie in KV cache groups with blocks of their own, are planned apart. Recurrent
 state is planned like rows: its parts for heads, its pages for tokens, and what pads them is left out.
@@ -37,7 +38,7 @@ Before anything moves, `cover` proves that every wanted byte is written exactly 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -93,7 +94,7 @@ class Strips:
 
 @dataclass(frozen=True)
 class Scattered:
-    """`heads` of each token, numbered over the whole model, each row of one head to its own place."""
+    """`heads` of each token, numbered over the whole model: each row of one head to its own place."""
 
     heads: Span
 
@@ -122,7 +123,7 @@ class PairPlan:
 
     @property
     def converts(self) -> bool:
-        """Whether the sides' layouts differ so that rows are scattered: there are no `copies` then."""
+        """Whether single rows are scattered: there are no `copies` then."""
         return any(isinstance(source.mapping, Scattered) for source in self.sources)
 
     def copies(self, runs: Runs) -> list[tuple[int, Copies]]:
@@ -183,21 +184,21 @@ class PairPlan:
         return Copies(*joined(remote, local, np.tile(num_bytes, len(blocks))))
 
 
-def plan_pair(local: RankMemory, prefill: Sequence[RankMemory], turn: int) -> PairPlan:
+def plan_pair(
+    local: RankMemory, prefill: Sequence[RankMemory], turn: int, staged_parts: bool = False
+) -> PairPlan:
     """Plan how the rank that is `local` reads from the ranks of one prefill engine.
 
-    `turn` picks among ranks that store the same heads. Raises TopologyError if a wanted head or layer is
-    stored nowhere.
+    `turn` picks among ranks that store the same heads. `staged_parts`: parts of token-major rows go through
+    staging memory. Raises TopologyError if a wanted head or layer is stored nowhere.
     """
     reads = [
         (stage, read)
         for stage in _stages(local, prefill)
         for read in plan_head_reads(local.heads, [prefill[rank].heads for rank in stage], turn)
     ]
-    pages = [local.page, *(prefill[stage[read.prefill_rank]].page for stage, read in reads)]
-    if any(page.apart is not None for page in pages):
-        alike = all(page.row_heads == 1 for page in pages)
-        source_of = _source_apart if alike else _source_scattered
+    given = [(prefill[stage[read.prefill_rank]], read.heads) for stage, read in reads]
+    if (source_of := _source_by_heads(local, given, staged_parts)) is not None:
         sources = [source_of(local, prefill, stage[read.prefill_rank], read.heads) for stage, read in reads]
         return PairPlan(local, tuple(sources), shares=1)
     shares = _equal_shares(local, prefill, reads)
@@ -230,6 +231,21 @@ def _stages(local: RankMemory, prefill: Sequence[RankMemory]) -> list[list[int]]
                 f"both engines must serve the same model"
             )
     return list(stages.values())
+
+
+def _source_by_heads(
+    local: RankMemory, given: Sequence[tuple[RankMemory, Span]], staged_parts: bool
+) -> Callable[[RankMemory, Sequence[RankMemory], int, Span], Source] | None:
+    """What makes the sources, if heads are moved one by one; None: heads of a token move side by side.
+
+    `given` are the memories that are read, each with the heads that are wanted of it.
+    """
+    pages = [local.page, *(memory.page for memory, _ in given)]
+    if any(page.apart is not None for page in pages):
+        return _source_apart if all(page.row_heads == 1 for page in pages) else _source_scattered
+    in_parts = any(memory.heads != heads for memory, heads in given)
+    movable = local.page.head_bytes % OPERATOR_ROW_BYTES == 0
+    return _source_scattered if staged_parts and in_parts and movable else None
 
 
 def _equal_shares(

@@ -56,7 +56,7 @@ class Staging:
     """A rank's staging memory, and what goes through it: of each stack, shares to regroup or rows to convert.
 
     It is allocated at start where `regroup` asks for it, and otherwise when the first engine with the other
-    layout is met: most never meet one. `prepare` is for reader threads.
+    layout is met: most never meet one. `prepare` and `read` are for reader threads.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Staging:
         self._conversions: dict[int, Conversion] = {}
         self._lock = threading.Lock()
         self._pool: StagingPool | None = None
-        if regroups and options.regroup != "operators" and stacks:
+        if regroups and options.uses_staging and stacks:
             placing = placing_of(options.regroup)
             self._regroups = [StagedRegroup(stack, placing(stack)) for stack in stacks]
             self._open(max(layer[0].numel() * layer.element_size() for stack in stacks for layer in stack))
@@ -95,7 +95,7 @@ class Staging:
                 self._open(largest_page_bytes)
             except ConfigError as error:
                 raise TopologyError(
-                    f"pages of the other kv_cache_layout must be converted: {error}"
+                    f"its pages must be converted, which takes staging memory: {error}"
                 ) from error
             if stack not in self._conversions:
                 self._conversions[stack] = Conversion(self._stacks[stack], plan.local.page)

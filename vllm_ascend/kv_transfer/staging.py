@@ -10,7 +10,7 @@ next window is on the wire while the device places the one before. A thread hold
 number of threads can share the pool and none waits for another for ever.
 
 What windows there are, what is read into them and where it goes then, a `Way` says: `staged.InShares`, heads
-of several sources side by side, or `converted.Converted`, rows out of pages in the other layout.
+of several sources side by side, or `converted.Converted`, rows out of pages that are cut otherwise.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ class WorkerHalf:
                 f"this engine verifies and prefill engine {peer.engine_id} does not; set verify in "
                 f"kv_connector_extra_config of both or none"
             )
-        engine = pair_with(peer, self._local, self._protocol, self._options.prefill)
+        engine = pair_with(peer, self._local, self._protocol, self._options)
         self._reading.prepare(engine)
         sizes = peer.parallel
         logger.info(

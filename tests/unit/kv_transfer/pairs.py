@@ -85,26 +85,25 @@ def heads_of(rank: int, tp_size: int, num_kv_heads: int) -> Span:
 
 @st.composite
 def transfers(draw: st.DrawFn, converting: bool = False) -> Transfer:
-    """`converting`: one side is head-major, and pages of the other have several heads."""
+    """`converting`: rows of single heads are scattered, in an engine that stages parts of rows."""
     planes = 2 if converting else draw(st.sampled_from([2, 2, 1]))
     num_kv_heads = draw(st.sampled_from([2, 3, 4, 6, 8, 12] if converting else [1, 2, 3, 4, 6, 8, 12]))
     num_kv_heads = num_kv_heads if planes == 2 else 1
     cuts = st.lists(st.integers(1, LAYERS - 1), unique=True).map(lambda at: [0, *sorted(at), LAYERS])
     stages = cuts.map(lambda at: tuple(Span(*ends) for ends in itertools.pairwise(at)))
-    differ = converting or draw(st.booleans())
-
-    def sizes(head_major: bool) -> st.SearchStrategy[Sizes]:
-        tp_sizes = [n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
-        if differ and not head_major:
-            tp_sizes = [n for n in tp_sizes if (n < num_kv_heads) == converting]
-        # Up to two pages per block, which divide the slots.
-        page_sizes, pages = st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 2)
-        return st.builds(
-            Sizes, st.sampled_from(tp_sizes), stages, page_sizes, pages, head_major=st.just(head_major)
-        )
-
-    head_major = draw(st.booleans())
-    prefill, decode = draw(sizes(head_major)), draw(sizes(head_major != differ))
+    tp_sizes = [n for n in range(1, 17) if num_kv_heads % n == 0 or n % num_kv_heads == 0]
+    sides = list(itertools.product(tp_sizes, (False, True)))
+    kinds = [
+        (prefill, decode)
+        for prefill, decode in itertools.product(sides, repeat=2)
+        if _converts(num_kv_heads, prefill, decode, staged_parts=converting) == converting
+    ]
+    # Up to two pages per block, which divide the slots.
+    page_sizes, pages = st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 2)
+    prefill, decode = (
+        Sizes(tp_size, draw(stages), draw(page_sizes), draw(pages), head_major)
+        for tp_size, head_major in draw(st.sampled_from(kinds))
+    )
     stop = draw(st.integers(1, NUM_SLOTS - 1))
     start = draw(st.integers(0, (stop - 1) // decode.block_size)) * decode.block_size
     remote_ids, local_ids = (
@@ -114,6 +113,22 @@ def transfers(draw: st.DrawFn, converting: bool = False) -> Transfer:
     tokens = tokens_seen(Span(start, stop), draw(st.none() | st.integers(2, NUM_SLOTS)))
     request = draw(st.integers(0, 5))
     return Transfer(num_kv_heads, prefill, decode, tokens, remote_ids, local_ids, request, planes)
+
+
+def _converts(
+    num_kv_heads: int, prefill: tuple[int, bool], decode: tuple[int, bool], staged_parts: bool
+) -> bool:
+    """Whether rows are scattered between engines of these TP sizes, head-major or not."""
+    there, here = (max(1, num_kv_heads // tp_size) for tp_size, _ in (prefill, decode))
+    match prefill[1], decode[1]:
+        case False, True:
+            return there > 1
+        case True, False:
+            return here > 1
+        case False, False:
+            return staged_parts and here % there != 0
+        case _:
+            return False
 
 
 class Cache:
@@ -192,10 +207,12 @@ def slots_of(blocks: Blocks, tokens: Iterable[int]) -> list[int]:
     ]
 
 
-def plans(transfer: Transfer, prefill: Sequence[Cache]) -> Iterator[tuple[Cache, PairPlan]]:
+def plans(
+    transfer: Transfer, prefill: Sequence[Cache], staged_parts: bool = False
+) -> Iterator[tuple[Cache, PairPlan]]:
     """Every decode rank's empty cache, and its plan for the request."""
     tp_size = transfer.decode.tp_size
     for place, decode in enumerate(caches_of(transfer.decode, transfer)):
         turns = turns_of(place % tp_size, tp_size, transfer.num_kv_heads)
         turn = next(itertools.islice(turns, transfer.request, None))
-        yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn)
+        yield decode, plan_pair(decode.memory, [cache.memory for cache in prefill], turn, staged_parts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads out of pages in the other layout: ranges and rows, in bytes and rows counted by hand."""
+"""Reads out of pages that are cut otherwise: ranges and rows, in bytes and rows counted by hand."""
 
 from __future__ import annotations
 
@@ -88,6 +88,19 @@ def test_heads_of_one_block_that_are_all_wanted_are_one_range():
     tokens = paged_tokens(runs((6, 4, 2)), page_size=2)
     ((_, copies),) = stage.copies(Window(range(2), range(1)), tokens, Address(70_000))
     assert ranges(copies) == [(51_536, 70_000, 512)]
+
+
+def test_parts_of_token_major_rows_are_scattered_only_where_they_are_staged():
+    local, remote = (memory(heads, 10_000, head_major=False) for heads in ((1, 2), (0, 2)))
+    assert not plan_pair(local, [remote], 0).converts
+    plan = plan_pair(local, [remote], 0, staged_parts=True)
+    assert plan.converts
+    (stage,) = stages_of(plan)
+    tokens = paged_tokens(runs((6, 4, 2)), page_size=2)
+    # Of each token two heads are read, of which the second is kept: K and V of slots 4 and 5, page 2 here.
+    assert stage.targets(tokens, range(1)).tolist() == [NOWHERE, 8, NOWHERE, 9, NOWHERE, 10, NOWHERE, 11]
+    # Whole rows go as they did.
+    assert not plan_pair(remote, [remote], 0, staged_parts=True).converts
 
 
 @pytest.mark.parametrize(

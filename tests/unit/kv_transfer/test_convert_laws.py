@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of reads out of pages in the other layout, over every valid pair of engines (pairs.py)."""
+"""Laws of reads out of pages that are cut otherwise, over every valid pair of engines (pairs.py)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_chan
     for cache in prefill:
         cache.bytes[cache.at(range(NUM_SLOTS))] = cache.part_of(reference)
     cluster = {Session(str(place)): [cache.region] for place, cache in enumerate(prefill)}
-    for decode, plan in plans(transfer, prefill):
+    for decode, plan in plans(transfer, prefill, staged_parts=True):
         assert plan.converts
         expected = decode.raw.copy()
         pulled = reference[slots_of(transfer.remote, transfer.pulled())]
@@ -87,7 +87,7 @@ def test_every_decode_rank_gets_its_slice_of_the_reference_and_nothing_else_chan
 @settings(deadline=None)
 @given(transfers(converting=True))
 def test_each_layer_is_in_one_stage_and_each_head_in_one_piece(transfer):
-    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
+    for decode, plan in plans(transfer, caches_of(transfer.prefill, transfer), staged_parts=True):
         stages = stages_of(plan)
         layers = [layer for stage in stages for layer in stage.layers]
         assert sorted(layers) == list(range(len(decode.layers)))
@@ -99,7 +99,7 @@ def test_each_layer_is_in_one_stage_and_each_head_in_one_piece(transfer):
 @settings(deadline=None)
 @given(transfers(converting=True))
 def test_a_window_of_all_layers_of_head_major_blocks_has_a_range_for_each_block_and_source(transfer):
-    for _, plan in plans(transfer, caches_of(transfer.prefill, transfer)):
+    for _, plan in plans(transfer, caches_of(transfer.prefill, transfer), staged_parts=True):
         tokens = paged_tokens(transfer.runs(), transfer.prefill.page_size)
         for stage in stages_of(plan):
             # Of a stage of the other engine whose layers are all wanted here.
