@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend.errors import ConfigError, ReadFailed, ReadUnsettled
 from vllm_ascend.kv_transfer.place import PerLayer, placing_of
+from vllm_ascend.kv_transfer.reader import Begin
 from vllm_ascend.kv_transfer.staged import StagedRead
 from vllm_ascend.kv_transfer.staging import Part, PlacingStream, StagedRegroup, StagingPool
 from vllm_ascend.kv_transfer.transport import Address, Copies, Session
@@ -133,40 +136,113 @@ def test_triton_without_its_build_for_cards_is_refused_by_name():
         placing_of("triton")
 
 
+def test_the_next_window_is_on_the_wire_while_one_is_placed():
+    events: list[str] = []
+    StagedRead([_WatchedWay(3, events)], StagingPool(8192, 2, 1024, DEVICE)).run(_watched(events), [THERE])
+    assert events == [
+        *("begin 0", "begin 1", "read 0", "place 0"),
+        *("begin 2", "read 1", "place 1", "read 2", "place 2"),
+    ]
+
+
+def test_a_read_goes_on_in_one_part_where_others_have_the_rest():
+    events: list[str] = []
+    pool = StagingPool(8192, 2, 1024, DEVICE)
+    with pool.take():
+        StagedRead([_WatchedWay(2, events)], pool).run(_watched(events), [THERE])
+    assert events == ["begin 0", "read 0", "place 0", "begin 1", "read 1", "place 1"]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_after_a_failed_read_every_part_is_back_and_no_read_is_left_alone(failing: int):
+    events: list[str] = []
+    pool = StagingPool(8192, 2, 1024, DEVICE)
+    with pytest.raises(ReadFailed, match="cable"):
+        StagedRead([_WatchedWay(3, events)], pool).run(
+            _watched(events, {failing: ReadFailed("the cable is cut")}), [THERE]
+        )
+    begun = {event for event in events if event.startswith("begin")}
+    assert {event.replace("read", "begin") for event in events if event.startswith("read")} == begun
+    assert [event for event in events if event.startswith("place")] == [f"place {n}" for n in range(failing)]
+    with pool.take(), pool.take():
+        pass
+
+
+def test_the_part_of_a_window_that_is_dropped_waits_until_nothing_writes_it():
+    over = threading.Event()
+    pool = StagingPool(8192, 2, 1024, DEVICE)
+    failures = {0: ReadFailed("the cable is cut"), 1: ReadUnsettled("nothing came", over.is_set)}
+    with pytest.raises(ReadFailed, match="cable"):
+        StagedRead([_WatchedWay(2, [])], pool).run(_watched([], failures), [THERE])
+    with pool.take():
+        assert pool.next_if_free() is None
+        over.set()
+        assert pool.next_if_free() is not None
+
+
 def test_what_was_placed_is_done_when_a_later_read_has_failed():
     """vLLM gives the pages to others then, and nothing may be written to them any more."""
     way, pool = _SlowWay(), StagingPool(8192, 2, 1024, DEVICE)
-    reads: list[object] = []
-
-    def fails_the_second_time(wanted: object) -> None:
-        reads.append(wanted)
-        if len(reads) == 2:
-            raise ReadFailed("the cable is cut")
-
     with pytest.raises(ReadFailed, match="cable"):
-        StagedRead([way], pool).run(fails_the_second_time, [Session("there")])
+        StagedRead([way], pool).run(_watched([], {1: ReadFailed("the cable is cut")}), [THERE])
     assert way.done.query()
 
 
-class _SlowWay:
-    """Two windows of 1,024 bytes, of which each takes a while to place."""
+THERE = Session("there")
+
+
+def _watched(events: list[str], failures: Mapping[int, ReadFailed] = MappingProxyType({})) -> Begin:
+    """Reads that only say when they begin and when they are waited for; those in `failures` fail then."""
+    numbers = itertools.count()
+
+    def begin(reads: object) -> Callable[[], None]:
+        number = next(numbers)
+        events.append(f"begin {number}")
+
+        def wait() -> None:
+            events.append(f"read {number}")
+            if number in failures:
+                raise failures[number]
+
+        return wait
+
+    return begin
+
+
+class _WatchedWay:
+    """Windows of 1,024 bytes that only say when they are placed."""
 
     prefill_ranks: ClassVar[set[int]] = {0}
 
-    def __init__(self) -> None:
-        self.done = torch.npu.Event()
-        self._stream = PlacingStream(DEVICE)
-        self._source = torch.ones(2**22, pin_memory=True)
-        self._target = torch.zeros(2**22, device=DEVICE)
+    def __init__(self, num_windows: int, events: list[str]) -> None:
+        self._num_windows = num_windows
+        self._events = events
 
     def windows(self, part_bytes: int) -> Iterator[Window]:
-        yield from (Window(range(1), range(page, page + 1)) for page in range(2))
+        yield from (Window(range(1), range(page, page + 1)) for page in range(self._num_windows))
 
     def num_bytes(self, window: Window) -> int:
         return 1024
 
     def copies(self, window: Window, at: Address) -> list[tuple[int, Copies]]:
         return [(0, Copies(np.array([0]), np.array([at]), np.array([1024])))]
+
+    def place(self, part: Part, window: Window) -> None:
+        self._events.append(f"place {window.pages.start}")
+
+    def finish(self) -> None:
+        pass
+
+
+class _SlowWay(_WatchedWay):
+    """Two windows, of which each takes a while to place."""
+
+    def __init__(self) -> None:
+        super().__init__(2, [])
+        self.done = torch.npu.Event()
+        self._stream = PlacingStream(DEVICE)
+        self._source = torch.ones(2**22, pin_memory=True)
+        self._target = torch.zeros(2**22, device=DEVICE)
 
     def place(self, part: Part, window: Window) -> None:
         with self._stream.placing(part):

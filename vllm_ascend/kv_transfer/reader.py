@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -28,8 +29,10 @@ Result = TypeVar("Result")
 Read = tuple[Session, Copies]
 """What is read from one source."""
 
-ReadAll = Callable[[Sequence[Read]], None]
-"""Returns when all is read; raises ReadFailed if something is not."""
+Begin = Callable[[Sequence[Read]], Callable[[], None]]
+"""Begins to read all. What it returns waits for it, and raises ReadFailed if something could not be read."""
+
+_Helped = list[tuple[Read, Future[ReadFailed | None]]]
 
 
 class ReaderPool(Generic[Result]):
@@ -94,18 +97,27 @@ class SideBySide:
 
         It is ReadUnsettled while anything that was begun may still be written.
         """
-        helped = [(read, self._helpers.submit(self._failure_of, read)) for read in reads[1:]]
-        failures = [self._failure_of(read) for read in reads[:1]]
+        helped = self._ask_helpers(reads[1:])
+        self._finish([self._failure_of(read) for read in reads[:1]], helped)
+
+    def begin(self, reads: Sequence[Read]) -> Callable[[], None]:
+        """Begin to read all. What this returns is to be called once, and ends as `read_all` does."""
+        return partial(self._finish, [], self._ask_helpers(reads))
+
+    def close(self) -> None:
+        """Wait for running reads. May be called twice."""
+        self._helpers.shutdown(wait=True, cancel_futures=True)
+
+    def _ask_helpers(self, reads: Sequence[Read]) -> _Helped:
+        return [(read, self._helpers.submit(self._failure_of, read)) for read in reads]
+
+    def _finish(self, failures: list[ReadFailed | None], helped: _Helped) -> None:
         # Helpers begin with the first of them; this thread takes what they have not begun, from the last on.
         for read, future in reversed(helped):
             if future.cancel() and not any(failures):
                 failures.append(self._failure_of(read))
         failures += [future.result() for _, future in helped if not future.cancelled()]
         _raise_first([failure for failure in failures if failure is not None])
-
-    def close(self) -> None:
-        """Wait for running reads. May be called twice."""
-        self._helpers.shutdown(wait=True, cancel_futures=True)
 
     def _failure_of(self, read: Read) -> ReadFailed | None:
         try:

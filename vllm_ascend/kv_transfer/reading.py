@@ -115,9 +115,7 @@ class Reading:
         self._sources.read_all([(engine.sessions[rank], part) for rank, part in copies])
         transfer_ms = clock.lap_ms()
         staged = [
-            read.staged.run(self._sources.read_all, engine.sessions)
-            for read in reads
-            if read.staged is not None
+            read.staged.run(self._sources.begin, engine.sessions) for read in reads if read.staged is not None
         ]
         clock.lap_ms()
         for read in reads:

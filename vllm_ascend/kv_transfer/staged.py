@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request's pages of one stack, on their way through staging memory: read a window, place it, next.
 
-The transport reads into a part of the pool while the device places the part before. Nothing is written to the
-request's pages but what was read whole.
+The transport reads into one part of the pool while another is placed. Nothing is written to the request's
+pages but what was read whole.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +24,7 @@ from vllm_ascend.kv_transfer.convert import paged_tokens, stages_of
 from vllm_ascend.kv_transfer.converted import Conversion, Converted
 from vllm_ascend.kv_transfer.place import placing_of
 from vllm_ascend.kv_transfer.plan import PairPlan
-from vllm_ascend.kv_transfer.reader import ReadAll, Stopwatch
+from vllm_ascend.kv_transfer.reader import Begin, Stopwatch
 from vllm_ascend.kv_transfer.staging import Part, StagedRegroup, StagingPool, Way
 from vllm_ascend.kv_transfer.transport import Address, Copies, Region, Session
 from vllm_ascend.kv_transfer.windows import (
@@ -195,14 +197,24 @@ class StagedRead:
         """The ranks that are read."""
         return set().union(*(way.prefill_ranks for way in self._ways))
 
-    def run(self, read_all: ReadAll, sessions: Sequence[Session]) -> StagedNumbers:
+    def run(self, begin: Begin, sessions: Sequence[Session]) -> StagedNumbers:
         """Read and place all of it; returns when the device is done. Raises ReadFailed, and also then."""
         numbers, clock = StagedNumbers(), Stopwatch.started()
+        under_way: deque[_UnderWay] = deque()
         try:
             for way in self._ways:
                 for window in way.windows(self._pool.part_bytes):
-                    self._read(way, window, read_all, sessions, numbers)
+                    part = self._pool.next_if_free() if under_way else None
+                    if part is None:
+                        _end_all(under_way)
+                        part = self._pool.next()
+                    under_way.append(self._begin(way, window, part, begin, sessions, numbers))
+                    if len(under_way) > 1:
+                        under_way.popleft().end()
+            _end_all(under_way)
         finally:
+            for left in under_way:
+                left.drop()
             numbers.transfer_ms = clock.lap_ms()
             # After a failure, too: vLLM gives the pages to others, and nothing may be written to them then.
             for way in self._ways:
@@ -210,18 +222,47 @@ class StagedRead:
         numbers.regroup_ms = clock.lap_ms()
         return numbers
 
-    def _read(
+    def _begin(
         self,
         way: Way,
         window: Window,
-        read_all: ReadAll,
+        part: Part,
+        begin: Begin,
         sessions: Sequence[Session],
         numbers: StagedNumbers,
-    ) -> None:
-        with self._pool.take() as part:
+    ) -> _UnderWay:
+        with ExitStack() as on_failure:
+            on_failure.enter_context(self._pool.giving_back(part))
             ranges, num_bytes = way.copies(window, part.address), way.num_bytes(window)
             prove_filled(part.address, num_bytes, [copies for _, copies in ranges])
-            read_all([(sessions[rank], copies) for rank, copies in ranges])
-            way.place(part, window)
-        numbers.bytes += num_bytes
-        numbers.descriptors += sum(len(copies) for _, copies in ranges)
+            wait = begin([(sessions[rank], copies) for rank, copies in ranges])
+            numbers.bytes += num_bytes
+            numbers.descriptors += sum(len(copies) for _, copies in ranges)
+            return _UnderWay(way, window, part, wait, on_failure.pop_all())
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A window that is being read. Its part goes back to the pool when it ends, whatever came of it."""
+
+    way: Way
+    window: Window
+    part: Part
+    wait: Callable[[], None]
+    giving_back: ExitStack
+
+    def end(self) -> None:
+        """Wait until it is read, and have the device place it. Raises ReadFailed."""
+        with self.giving_back:
+            self.wait()
+            self.way.place(self.part, self.window)
+
+    def drop(self) -> None:
+        """Wait until it is read or not, for nothing."""
+        with suppress(ReadFailed), self.giving_back:
+            self.wait()
+
+
+def _end_all(under_way: deque[_UnderWay]) -> None:
+    while under_way:
+        under_way.popleft().end()

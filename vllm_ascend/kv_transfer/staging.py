@@ -2,12 +2,12 @@
 """A bounded pool of memory that pieces are read into, and the step that puts them into their pages.
 
     part 0   | read window 0 | place window 0 | read window 2 | ...
-    part 1                   | read window 1  | place window 1 | ...
+    part 1        | read window 1             | place window 1 | ...
 
 The pool has a fixed number of parts. A reader thread takes a part, reads a window into it, hands it to the
-device to be placed, and gives it back at once, with the event after which it may be written again. So the
-next window is on the wire while the device places the one before. A thread holds one part at a time, so any
-number of threads can share the pool and none waits for another for ever.
+device to be placed, and gives it back at once, with the event after which it may be written again. The next
+window is on the wire by then, in another part, if one was free: a thread waits for a part only while it has
+none, so any number of threads can share the pool and none waits for another for ever.
 
 What windows there are, what is read into them and where it goes then, a `Way` says: `staged.InShares`, heads
 of several sources side by side, or `converted.Converted`, rows out of pages that are cut otherwise.
@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -109,16 +109,37 @@ class StagingPool:
 
     @contextmanager
     def take(self) -> Iterator[Part]:
-        """A part that may be written, for as long as the context lasts. Waits until there is one.
+        """A part that may be written, for as long as the context lasts. Waits until there is one."""
+        part = self.next()
+        with self.giving_back(part):
+            yield part
 
-        Left by ReadUnsettled, the part is handed out again only when nothing can write it any more.
-        """
+    def next(self) -> Part:
+        """A part that may be written, the caller's until it is given back. Waits until there is one."""
         while not (part := self._free.get()).settled:
             self._free.put(part)
             time.sleep(_LOOK_EVERY_S)
+        part.wait()
+        return part
+
+    def next_if_free(self) -> Part | None:
+        """The same, or None where `next` would wait for somebody."""
+        with suppress(Empty):
+            part = self._free.get_nowait()
+            if part.settled:
+                part.wait()
+                return part
+            self._free.put(part)
+        return None
+
+    @contextmanager
+    def giving_back(self, part: Part) -> Iterator[None]:
+        """Put `part` back into the pool when the context ends.
+
+        Left by ReadUnsettled, the part is handed out again only when nothing can write it any more.
+        """
         try:
-            part.wait()
-            yield part
+            yield
         except ReadUnsettled as error:
             part.after(error.settled)
             raise

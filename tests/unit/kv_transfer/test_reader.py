@@ -206,6 +206,41 @@ def test_a_request_goes_on_alone_where_all_helpers_hang():
     sources.close()
 
 
+def test_what_was_begun_goes_on_while_nobody_waits_for_it():
+    gate = threading.Event()
+    transport = Gates(b=gate)
+    sources = SideBySide(transport, 2, nothing)
+    wait = sources.begin(reads_of("a", "b"))
+    while transport.read_from != ["a"]:
+        time.sleep(0.001)
+    gate.set()
+    wait()
+    assert transport.read_from == ["a", "b"]
+    sources.close()
+
+
+def test_what_was_begun_is_read_by_who_waits_for_it_where_all_helpers_hang():
+    gate = threading.Event()
+    transport = Gates(hanging=gate)
+    sources = SideBySide(transport, 1, nothing)
+    hanging, ours = sources.begin(reads_of("hanging")), sources.begin(reads_of("a", "b"))
+    ours()
+    assert transport.read_from == ["b", "a"]
+    gate.set()
+    hanging()
+    sources.close()
+
+
+def test_who_waits_learns_of_a_failure_of_what_was_begun():
+    transport = Gates()
+    transport.failing = {"bad": ReadFailed("the cable is cut")}
+    sources = SideBySide(transport, 1, nothing)
+    wait = sources.begin(reads_of("a", "bad"))
+    with pytest.raises(ReadFailed, match="cable"):
+        wait()
+    sources.close()
+
+
 def test_a_source_that_fails_ends_the_read_when_no_other_writes_any_more():
     gate, settled = threading.Event(), threading.Event()
     transport = Gates(slow=gate)
