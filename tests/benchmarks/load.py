@@ -3,13 +3,15 @@
 
     python -m vllm_ascend.emulator python tests/benchmarks/load.py
 
-All are `vllm serve` processes of the recall model, one device each, started once; the two sides take turns,
+All are `vllm serve` processes of the recall model, one device each, started once; all sides take turns,
 so that what else runs on the machine spoils both alike. Prompts are random words. Cases:
 
 - time to first token: the median behind the router, over that of the one engine plus the mean time that the
   decode engines waited for KV (queue and wire, by their own metrics);
 - inter-token time: the median behind the router while prompts keep coming, over the same with one request at
   a time, where nobody prefills while it decodes; `one_engine` is this ratio of the one engine.
+
+Each behind the router as it is, and behind one that tells decode early (`--early`).
 
 `--model` and `--emulator=` (empty) run it on cards.
 """
@@ -97,7 +99,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def measure(
-    one: Server, front: Server, decodes: Sequence[Server], model: Path, rounds: int, folder: Path
+    one: Server, fronts: Sequence[Server], decodes: Sequence[Server], model: Path, rounds: int, folder: Path
 ) -> list[dict[str, object]]:
     quiet = Load(num_prompts=6, prompt_tokens=400, answer_tokens=48, rate=100, at_once=1)
     busy = Load(num_prompts=32, prompt_tokens=400, answer_tokens=48, rate=4, at_once=16)
@@ -106,7 +108,7 @@ def measure(
     # The first round meets peers and compiles what is compiled late.
     for turn in range(1 + rounds):
         for load in (quiet, busy):
-            for side in (one, front):
+            for side in (one, *fronts):
                 result = bench(side, model, load, turn, folder)
                 if turn:
                     found.setdefault((side.name, load), []).append(result)
@@ -122,23 +124,27 @@ def measure(
     first = [
         {
             "benchmark": "load",
-            "case": f"time to first token, {name}",
+            "case": f"time to first token, {name}, {front.name}",
             "ratio": round(first_ms(front, load) / (first_ms(one, load) + wire_ms), 2),
             "pair_ms": round(first_ms(front, load), 1),
             "one_engine_ms": round(first_ms(one, load), 1),
             "wire_ms": round(wire_ms, 1),
         }
         for name, load in (("one request at a time", quiet), (f"{busy.rate:g} requests a second", busy))
+        for front in fronts
     ]
-    inter = {
-        "benchmark": "load",
-        "case": "inter-token time while others prefill",
-        "ratio": round(inter_ms(front, busy) / inter_ms(front, quiet), 2),
-        "one_engine": round(inter_ms(one, busy) / inter_ms(one, quiet), 2),
-        "pair_ms": round(inter_ms(front, busy), 1),
-        "one_engine_ms": round(inter_ms(one, busy), 1),
-    }
-    return [*first, inter]
+    inter = [
+        {
+            "benchmark": "load",
+            "case": f"inter-token time while others prefill, {front.name}",
+            "ratio": round(inter_ms(front, busy) / inter_ms(front, quiet), 2),
+            "one_engine": round(inter_ms(one, busy) / inter_ms(one, quiet), 2),
+            "pair_ms": round(inter_ms(front, busy), 1),
+            "one_engine_ms": round(inter_ms(one, busy), 1),
+        }
+        for front in fronts
+    ]
+    return [*first, *inter]
 
 
 def main() -> None:
@@ -174,10 +180,12 @@ def main() -> None:
         one = serve("one engine", 0)
         prefills = [serve(f"prefill {number}", number, "kv_producer") for number in (1, 2)]
         decodes = [serve(f"decode {number}", number, "kv_consumer") for number in (3, 4)]
-        front = router(prefills, decodes, folder)
-        servers = [one, *prefills, *decodes, front]
-        with running(servers):
-            results = measure(one, front, decodes, arguments.model, arguments.rounds, folder)
+        fronts = [
+            router(prefills, decodes, folder),
+            router(prefills, decodes, folder, name="router --early", options=["--early"]),
+        ]
+        with running([one, *prefills, *decodes, *fronts]):
+            results = measure(one, fronts, decodes, arguments.model, arguments.rounds, folder)
     for result in results:
         print(json.dumps(result), flush=True)
     Chart(
