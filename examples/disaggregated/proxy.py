@@ -6,18 +6,24 @@ under `kv_transfer_params` says where the KV cache of the prompt is, and goes to
 The decode engine pulls the KV cache itself: no KV byte passes through here. Engines are taken in turn. When a
 client leaves, both engines let go of its request. Several prompts in one request go to a decode engine alone.
 
+With `--early` both engines get the request at the same time, under a name that the router makes up, and the
+decode engine reads the prompt's KV while it is computed. For that the router must know where the prefill
+engine listens, which each of its answers says. A server of which several engines answer (data parallel) is
+asked first, as without `--early`, since the router does not know which of them will compute a prompt.
+
     python proxy.py --prefill 127.0.0.1:8100 --decode 127.0.0.1:8200 127.0.0.1:8201 --port 8000
 """
 
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -37,8 +43,28 @@ ASK_FOR_REMOTE_DECODE = {
 NOT_FOR_PREFILL = ("min_tokens", "stream_options", "max_completion_tokens", "n", "best_of")
 
 
-def build_app(prefill: list[str], decode: list[str]) -> FastAPI:
-    """The router over engines given as `host:port`."""
+@dataclass
+class _Prefill:
+    """A prefill server, and where its engines were seen to listen."""
+
+    address: str
+    engine_ids: dict[tuple[str, int], str] = field(default_factory=dict)
+    """The engine at each listener; one that was restarted has another id there."""
+
+    def learn(self, params: dict[str, Any]) -> None:
+        """What an answer says of the engine that gave it."""
+        self.engine_ids[params["remote_host"], params["remote_port"]] = params["remote_engine_id"]
+
+    def the_engine(self) -> dict[str, Any] | None:
+        """What decode must know of the server's engine; None if it is not known, or not the only one."""
+        if len(self.engine_ids) != 1:
+            return None
+        (((host, port), engine_id),) = self.engine_ids.items()
+        return {"remote_engine_id": engine_id, "remote_host": host, "remote_port": port}
+
+
+def build_app(prefill: list[str], decode: list[str], early: bool = False) -> FastAPI:
+    """The router over engines given as `host:port`; `early`: both get a request at the same time."""
 
     @asynccontextmanager
     async def open_client(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +75,8 @@ def build_app(prefill: list[str], decode: list[str]) -> FastAPI:
             yield
 
     app = FastAPI(title="prefill and decode router", lifespan=open_client)
-    prefill_in_turn, decode_in_turn = itertools.cycle(prefill), itertools.cycle(decode)
+    prefill_in_turn = itertools.cycle([_Prefill(address) for address in prefill])
+    decode_in_turn = itertools.cycle(decode)
 
     @app.get("/health")
     async def health(request: Request) -> Response:
@@ -67,44 +94,72 @@ def build_app(prefill: list[str], decode: list[str]) -> FastAPI:
     @app.post("/v1/completions")
     @app.post("/v1/chat/completions")
     async def generate(request: Request) -> Response:
-        return await _route(request, prefill_in_turn, decode_in_turn)
+        return await _route(request, prefill_in_turn, decode_in_turn, early)
 
     return app
 
 
-async def _route(request: Request, prefill_in_turn: Iterator[str], decode_in_turn: Iterator[str]) -> Response:
+async def _route(
+    request: Request, prefill_in_turn: Iterator[_Prefill], decode_in_turn: Iterator[str], early: bool
+) -> Response:
     body: dict[str, Any] = await request.json()
     client: httpx.AsyncClient = request.app.state.client
     headers = {"X-Request-Id": request.headers.get("X-Request-Id", str(uuid.uuid4()))}
     if authorization := request.headers.get("Authorization"):
         headers["Authorization"] = authorization
+    path = request.url.path
     left = asyncio.create_task(_client_leaves(request))
     try:
-        if not _has_several_prompts(body):
-            prefill = f"http://{next(prefill_in_turn)}{request.url.path}"
-            params = await _prefill(client, prefill, body, headers)
+        if _has_several_prompts(body):
+            handover = _Handover(client, f"http://{next(decode_in_turn)}{path}", body, headers)
+            return await _answer_of(handover, left)
+        prefill = next(prefill_in_turn)
+        engine = prefill.the_engine() if early else None
+        if engine is None:
+            params = await _ask_prefill(client, prefill, path, body, headers)
             if isinstance(params, Response):
                 return params
             body = body | {"kv_transfer_params": params}
-        decode = f"http://{next(decode_in_turn)}{request.url.path}"
-        return await _answer_of(_Handover(client, decode, body, headers), left)
+            handover = _Handover(client, f"http://{next(decode_in_turn)}{path}", body, headers)
+            return await _answer_of(handover, left)
+        name = uuid.uuid4().hex
+        told = {"do_remote_prefill": True, "do_remote_decode": False, "transfer_name": name, **engine}
+        url = f"http://{next(decode_in_turn)}{path}"
+        handover = _Handover(client, url, body | {"kv_transfer_params": told}, headers)
+        computing = asyncio.create_task(_ask_prefill(client, prefill, path, body, headers, name))
+        return await _answer_of_both(handover, computing, left)
     finally:
         left.cancel()
 
 
-async def _prefill(
-    client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str]
+async def _ask_prefill(
+    client: httpx.AsyncClient,
+    prefill: _Prefill,
+    path: str,
+    body: dict[str, Any],
+    headers: dict[str, str],
+    name: str | None = None,
 ) -> dict[str, Any] | Response | None:
-    """The `kv_transfer_params` of the prefill engine's answer; its error, or ours, as a response."""
-    kept = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-    asked = kept | {"max_tokens": 1, "stream": False, "kv_transfer_params": ASK_FOR_REMOTE_DECODE}
+    """The `kv_transfer_params` of the prefill engine's answer; its error, or ours, as a response.
+
+    `name`: what decode calls the request, which it was told of already.
+    """
+    url = f"http://{prefill.address}{path}"
+    kept = {key: value for key, value in body.items() if key not in NOT_FOR_PREFILL}
+    asked = ASK_FOR_REMOTE_DECODE | ({} if name is None else {"transfer_name": name})
     try:
-        answer = await client.post(url, json=asked, headers=headers)
+        answer = await client.post(
+            url, json=kept | {"max_tokens": 1, "stream": False, "kv_transfer_params": asked}, headers=headers
+        )
     except httpx.TransportError as error:
+        # Whoever answers there next may be another.
+        prefill.engine_ids.clear()
         return _unreachable(url, error)
     if answer.is_error:
         return Response(answer.content, answer.status_code, media_type="application/json")
     params: dict[str, Any] | None = answer.json().get("kv_transfer_params")
+    if params and "remote_engine_id" in params:
+        prefill.learn(params)
     return params
 
 
@@ -134,10 +189,16 @@ class _Handover:
                 await self.client.post(self.url, json=refused, headers=self.headers)
 
 
-async def _answer_of(handover: _Handover, left: asyncio.Task[None]) -> Response:
-    """The decode engine's answer; if `left` ends first, the engine is hung up on, and drops the request."""
-    if not left.done():
+async def _answer_of(
+    handover: _Handover, left: asyncio.Task[None], sending: asyncio.Task[httpx.Response] | None = None
+) -> Response:
+    """The decode engine's answer; if `left` ends first, the engine is hung up on, and drops the request.
+
+    `sending`: the request, if it is under way already.
+    """
+    if sending is None and not left.done():
         sending = asyncio.create_task(handover.send())
+    if sending is not None:
         await asyncio.wait({sending, left}, return_when=asyncio.FIRST_COMPLETED)
         if sending.done():
             try:
@@ -149,6 +210,45 @@ async def _answer_of(handover: _Handover, left: asyncio.Task[None]) -> Response:
         sending.cancel()
     await handover.give_up()
     return Response(status_code=499)  # nobody reads it
+
+
+async def _answer_of_both(
+    handover: _Handover, computing: asyncio.Task[dict[str, Any] | Response | None], left: asyncio.Task[None]
+) -> Response:
+    """The decode engine's answer to a request that the prefill engine is computing.
+
+    Nothing of it is passed on before the prefill engine has answered: it may be another than the one that
+    decode was told of, and then decode gets the request again, with that answer.
+    """
+    sending = asyncio.create_task(handover.send())
+    try:
+        waiting: set[asyncio.Task[Any]] = {computing, sending, left}
+        while not (computing.done() or left.done() or _went_wrong(sending)):
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            waiting -= done
+        if left.done() or not computing.done():
+            return await _answer_of(handover, left, sending)
+        params = computing.result()
+        told = handover.body["kv_transfer_params"]
+        if isinstance(params, dict) and params.get("remote_engine_id") == told["remote_engine_id"]:
+            return await _answer_of(handover, left, sending)
+        await _hang_up(sending)
+        if isinstance(params, Response):
+            return params
+        body = handover.body | {"kv_transfer_params": params}
+        return await _answer_of(dataclasses.replace(handover, body=body), left)
+    finally:
+        computing.cancel()
+
+
+def _went_wrong(sending: asyncio.Task[httpx.Response]) -> bool:
+    """Whether the decode engine has refused the request, or cannot be reached."""
+    return sending.done() and (sending.exception() is not None or sending.result().is_error)
+
+
+async def _hang_up(sending: asyncio.Task[httpx.Response]) -> None:
+    if not sending.cancel() and sending.exception() is None:
+        await sending.result().aclose()
 
 
 async def _client_leaves(request: Request) -> None:
@@ -206,10 +306,15 @@ def main() -> None:
     parser.add_argument("--decode", nargs="+", required=True, metavar="HOST:PORT")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
-    uvicorn.run(
-        build_app(options.prefill, options.decode), host=options.host, port=options.port, log_level="warning"
+    parser.add_argument(
+        "--early",
+        action="store_true",
+        help="send each request to both engines at once, so that decode reads the prompt's KV while prefill "
+        "computes it",
     )
+    options = parser.parse_args()
+    app = build_app(options.prefill, options.decode, options.early)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -213,14 +213,19 @@ def engine(
 
 
 def router(
-    prefill: Sequence[Server], decode: Sequence[Server], log_dir: Path, name: str = "router"
+    prefill: Sequence[Server],
+    decode: Sequence[Server],
+    log_dir: Path,
+    name: str = "router",
+    options: Sequence[str] = (),
 ) -> Server:
-    """The proxy over engines made by `engine()`."""
+    """The proxy over engines made by `engine()`; `options`: more of its options."""
     port = free_port()
     command = [
         *(sys.executable, str(PROXY), "--host", HOST, "--port", str(port)),
         *("--prefill", *(f"{HOST}:{server.port}" for server in prefill)),
         *("--decode", *(f"{HOST}:{server.port}" for server in decode)),
+        *options,
     ]
     # Plain HTTP: the emulator is not needed, and torch need not look for a device.
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

@@ -306,9 +306,9 @@ class Engine:
         by_plane = kv.reshape(pages.shape[1], pages.shape[0], *pages.shape[2:])
         pages.copy_(by_plane.transpose(0, 1).contiguous())
 
-    def step(self) -> KVConnectorOutput:
-        """One engine step with no request scheduled."""
-        metadata = self.scheduler.build_connector_meta(SchedulerOutput.make_empty())
+    def step(self, scheduled: SchedulerOutput | None = None) -> KVConnectorOutput:
+        """One engine step, by default with no request scheduled."""
+        metadata = self.scheduler.build_connector_meta(scheduled or SchedulerOutput.make_empty())
         outputs = []
         for rank, worker in enumerate(self.workers):
             with torch.npu.device(device(rank)):

@@ -12,12 +12,15 @@ import msgspec
 from vllm_ascend.kv_transfer.messages import (
     Answer,
     AskForEngine,
+    AskProgress,
     AskSums,
     Done,
+    Forgo,
     Question,
     Refused,
     Release,
     Renew,
+    Watch,
     encode,
 )
 
@@ -52,6 +55,8 @@ def _genuine(engine_id: str) -> tuple[Question | Answer, ...]:
         Done(engine_id=engine_id, request_id="unheard-of", reader="decode/0", num_readers=1),
         Release(engine_id=engine_id, request_ids=OWN),
         AskSums(engine_id=engine_id, request_id=OWN[0], rank=0, layer="a", first_unit=0, num_units=1),
+        AskProgress(engine_id=engine_id, watches=(Watch(name="named", lease=1, tokens=16),)),
+        Forgo(engine_id=engine_id, names=("named", "unheard-of")),
         Refused(reason="an answer is no question"),
     )
 

@@ -63,7 +63,7 @@ TIMEOUTS = {"peer_timeout_s": 1, "read_timeout_s": 1, "lease_s": LEASE_S}
 TOKENS = 2 * BLOCK_SIZE + 1
 REMOTE, LOCAL, NEXT_REMOTE, NEXT_LOCAL = [1, 2, 3], [4, 5, 6], [11, 12, 13], [14, 15, 16]
 """A prompt's blocks on the two sides; its last token, alone in the third, is decode's to compute."""
-THREADS = {"MainThread", "kv-keeper", "kv-listener"}
+THREADS = {"MainThread", "kv-follower", "kv-keeper", "kv-listener"}
 THREADS |= {f"kv-reader_{index}" for index in range(4)} | {f"kv-source_{index}" for index in range(16)}
 
 

@@ -51,7 +51,26 @@ def test_ranks_add_up_amounts_and_keep_the_slower_time():
         "queue_ms": 2.0,
         "transfer_ms": 5.0,
         "regroup_ms": 0.5,
+        "parts": 1,
     }
+
+
+def test_the_parts_of_a_load_add_up_to_it():
+    assert FIRST.then(SECOND, begins_anew=False).as_params() == {
+        "prompt_tokens": 300,
+        "tokens": 598,
+        "blocks": 6,
+        "bytes": 2000,
+        "descriptors": 10,
+        "sources": (0, 1, 2, 3),
+        "queue_ms": 3.0,
+        "transfer_ms": 9.0,
+        "regroup_ms": 0.75,
+        "parts": 2,
+    }
+    # What was read of it before does not count as its tokens, and was read all the same.
+    anew = FIRST.then(SECOND, begins_anew=True)
+    assert (anew.tokens, anew.blocks, anew.bytes, anew.parts) == (299, 3, 2000, 2)
 
 
 def test_an_interval_is_reported_in_means_per_load():
@@ -66,6 +85,7 @@ def test_an_interval_is_reported_in_means_per_load():
     other.level(leases_held=2, blocks_pinned=20)
     assert stats.aggregate(other).reduce() == {
         "loads": 2,
+        "parts": 2,
         "failed loads": 1,
         "failed: read": 1,
         "MiB": 0.002,

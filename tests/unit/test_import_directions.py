@@ -48,19 +48,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.prompts": {"kv_transfer.messages"},
     "kv_transfer.prefill_side": {
         *("kv_transfer.blocks", "kv_transfer.handshake", "kv_transfer.lease", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.prompts", "kv_transfer.sums", "kv_transfer.trust"),
-    },
-    "kv_transfer.decode_side": {
-        *("errors", "kv_transfer.blocks", "kv_transfer.keeper", "kv_transfer.messages"),
-        *("kv_transfer.metrics", "kv_transfer.prompts", "kv_transfer.sharing", "kv_transfer.topology"),
+        *("errors", "kv_transfer.metrics", "kv_transfer.named", "kv_transfer.prompts", "kv_transfer.sums"),
         "kv_transfer.trust",
     },
-    "kv_transfer.sharing": {"kv_transfer.messages"},
+    "kv_transfer.named": {"kv_transfer.messages", "kv_transfer.prompts"},
+    "kv_transfer.decode_side": {
+        *("errors", "kv_transfer.blocks", "kv_transfer.early", "kv_transfer.follower", "kv_transfer.keeper"),
+        *("kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.sharing", "kv_transfer.trust"),
+        "kv_transfer.usable",
+    },
+    "kv_transfer.early": {
+        *("kv_transfer.blocks", "kv_transfer.follower", "kv_transfer.growth", "kv_transfer.keeper"),
+        *("kv_transfer.messages", "kv_transfer.prompts", "kv_transfer.topology", "kv_transfer.usable"),
+    },
+    "kv_transfer.follower": {"errors", "kv_transfer.door", "kv_transfer.messages", "kv_transfer.trust"},
+    "kv_transfer.growth": {"kv_transfer.topology"},
+    "kv_transfer.usable": {
+        *("kv_transfer.blocks", "kv_transfer.messages", "kv_transfer.prompts", "kv_transfer.topology"),
+    },
+    "kv_transfer.sharing": set(),
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
         *("kv_transfer.handshake", "kv_transfer.sums", "kv_transfer.verify"),
         *("kv_transfer.local", "kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing"),
-        *("kv_transfer.peers", "kv_transfer.reader", "kv_transfer.reading", "kv_transfer.regroup"),
+        *("kv_transfer.parts", "kv_transfer.peers", "kv_transfer.reader", "kv_transfer.reading"),
+        "kv_transfer.regroup",
         *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport", "kv_transfer.trust"),
     },
     "kv_transfer.reading": {
@@ -91,6 +103,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_transfer.reader": {"errors", "kv_transfer.transport", "kv_transfer.turns"},
     "kv_transfer.turns": set(),
     "kv_transfer.peers": {"errors"},
+    "kv_transfer.parts": set(),
     "kv_transfer.regroup": {"errors", "envs", "attention.cache_layout", "kv_transfer.topology"},
     "kv_transfer.windows": {"errors", "kv_transfer.plan", "kv_transfer.transport"},
     "kv_transfer.convert": {
@@ -124,13 +137,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Outside libraries that only some files may import.
 PURE = {
-    *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.lease", "kv_transfer.messages"),
+    *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.growth", "kv_transfer.lease"),
+    "kv_transfer.messages",
     *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
     *("kv_transfer.convert", "kv_transfer.turns", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
-    *("kv_transfer.door", "kv_transfer.handshake", "kv_transfer.peers", "kv_transfer.reader"),
-    "kv_transfer.trust",
+    *("kv_transfer.door", "kv_transfer.follower", "kv_transfer.handshake", "kv_transfer.parts"),
+    *("kv_transfer.peers", "kv_transfer.reader", "kv_transfer.trust"),
 }
 
 

@@ -18,6 +18,10 @@
       |                       | frees the blocks                     |
       |<-------------------------------------------------------------|
 
+A router may tell decode before prefill has computed, under a name of its choice. Then decode asks
+(AskProgress) how far the request of that name is, and reads what is computed, part by part; the last part is
+as above.
+
 Each engine has two halves. `scheduler` runs beside vLLM's scheduler: it decides what to pull and when blocks
 may be freed, and on the prefill side owns the one listener that peers ask. `worker` runs on every rank: it
 registers the rank's cache, and on the decode side reads and regroups in threads of its own. vLLM carries

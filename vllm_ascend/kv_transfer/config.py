@@ -48,7 +48,8 @@ class Options:
     host: str | None = None
     """Address that the listener binds and peers are told; None: VLLM_HOST_IP if set, else 127.0.0.1."""
     lease_s: float = 30.0
-    """Prefill: how long a finished request's blocks wait for a sign of the decode engine."""
+    """Prefill: how long a finished request's blocks wait for a sign of the decode engine. Decode: how long a
+    request waits for the prefill engine to hear of its name."""
     reader_threads: int = 4
     """Decode: how many requests a rank reads at the same time; half of them at most from one peer."""
     peer_timeout_s: float = 5.0

@@ -29,6 +29,7 @@ from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
     CacheDescription,
     Engine,
+    GiveUp,
     Parallel,
     Pull,
     RankRegions,
@@ -66,6 +67,7 @@ class Step(KVConnectorMetadata):
     """Scheduler half to worker halves, once per step."""
 
     pulls: tuple[Pull, ...]
+    given_up: tuple[GiveUp, ...]
     freed: frozenset[str]
     """Prefilled requests whose blocks may be freed."""
     to_sum: tuple[ToSum, ...]
@@ -74,10 +76,12 @@ class Step(KVConnectorMetadata):
 
 @dataclass
 class Numbers(KVConnectorWorkerMetadata):
-    """Worker halves to scheduler half: what loads cost, and checksums, by request."""
+    """Worker halves to scheduler half: what loads cost, and checksums, by request; and loads that failed."""
 
     by_request: dict[str, TransferNumbers]
     sums: dict[str, tuple[LayerSums, ...]] = field(default_factory=dict)
+    failed: frozenset[str] = frozenset()
+    """Told at once, while vLLM hears of a failed load when all ranks are done with it."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Numbers:
         assert isinstance(other, Numbers)
@@ -87,7 +91,7 @@ class Numbers(KVConnectorWorkerMetadata):
         sums = dict(self.sums)
         for request_id, layers in other.sums.items():
             sums[request_id] = sums.get(request_id, ()) + layers
-        return Numbers(merged, sums)
+        return Numbers(merged, sums, self.failed | other.failed)
 
 
 @dataclass
@@ -121,10 +125,17 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats = TransferStats()
         self._numbers: dict[str, TransferNumbers] = {}
         self._sums: dict[str, tuple[LayerSums, ...]] = {}
+        self._failed: set[str] = set()
         if role is KVConnectorRole.SCHEDULER:
             self._prefill = self._prefill_side() if self._kv_transfer_config.is_kv_producer else None
             self._decode = (
-                DecodeSide(keeps_of(kv_cache_config), self._trust)
+                DecodeSide(
+                    keeps_of(kv_cache_config),
+                    block_size_of(kv_cache_config),
+                    patience_s=self._options.peer_timeout_s,
+                    unheard_s=self._options.lease_s,
+                    trust=self._trust,
+                )
                 if self._kv_transfer_config.is_kv_consumer
                 else None
             )
@@ -174,7 +185,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # Any: as vLLM has it
         assert self._worker is not None
-        self._worker.start(self._step().pulls)
+        self._worker.start(self._step().pulls, self._step().given_up)
         for to_sum in self._step().to_sum:
             self._sums[to_sum.request_id] = self._worker.sum_up(to_sum)
 
@@ -189,13 +200,15 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 # By request, not by block: vLLM takes block ids of models with one cache group only.
                 results.failed_recving.add(result.request_id)
-                self._stats.add_failure(result.kind)
+                self._failed.add(result.request_id)
+                if result.kind is not None:
+                    self._stats.add_failure(result.kind)
         return results
 
     def build_connector_worker_meta(self) -> Numbers | None:
-        report = Numbers(self._numbers, self._sums)
-        self._numbers, self._sums = {}, {}
-        return report if report.by_request or report.sums else None
+        report = Numbers(self._numbers, self._sums, frozenset(self._failed))
+        self._numbers, self._sums, self._failed = {}, {}, set()
+        return report if report.by_request or report.sums or report.failed else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         for side in (self._prefill, self._decode):
@@ -273,20 +286,26 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
         if scheduler_output.total_num_scheduled_tokens == 0:
             self._rest()
+        if self._prefill is not None:
+            self._prefill.scheduled(scheduler_output)
         return Step(
             pulls=self._decode.take_pulls() if self._decode is not None else (),
+            given_up=self._decode.take_given_up() if self._decode is not None else (),
             freed=self._prefill.take_freed() if self._prefill is not None else frozenset(),
             to_sum=self._prefill.take_to_sum() if self._prefill is not None else (),
         )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta
-        if self._prefill is not None and isinstance(report, Numbers):
-            self._prefill.add_sums(report.sums)
+        if self._prefill is not None:
+            self._prefill.processed()
+            if isinstance(report, Numbers):
+                self._prefill.add_sums(report.sums)
         if self._decode is None:
             return
         if isinstance(report, Numbers):
             self._decode.add_numbers(report.by_request)
+            self._decode.failed_somewhere(report.failed)
         for request_id in connector_output.finished_recving or ():
             self._decode.loaded(request_id, failed=request_id in connector_output.failed_recving)
 

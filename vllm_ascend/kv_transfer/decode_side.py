@@ -8,20 +8,21 @@ parameters are of no use is computed locally.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, assert_never
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from vllm_ascend.errors import PeerNotAdmitted, WireError
-from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, Keeps, positions_of, state_block, tokens_seen
+from vllm_ascend.kv_transfer.blocks import Keeps
+from vllm_ascend.kv_transfer.early import EarlyLoads, local_blocks
+from vllm_ascend.kv_transfer.follower import Follower
 from vllm_ascend.kv_transfer.keeper import Keeper
-from vllm_ascend.kv_transfer.messages import Pull, RemotePrefill
+from vllm_ascend.kv_transfer.messages import GiveUp, NamedPrefill, Pull, RemotePrefill
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
-from vllm_ascend.kv_transfer.prompts import digest_of
 from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
-from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.trust import Trust
+from vllm_ascend.kv_transfer.usable import useful_tokens, why_unusable
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -33,16 +34,22 @@ Params = dict[str, Any]  # Any: kv_transfer_params are JSON
 
 
 class DecodeSide:
-    """Requests whose prompt another engine has computed, from their arrival to their end."""
+    """Requests whose prompt another engine computes or has computed, from their arrival to their end."""
 
-    def __init__(self, keeps: Sequence[Keeps], trust: Trust) -> None:
-        """`keeps`: for each KV cache group, what of a request's tokens it keeps."""
+    def __init__(
+        self, keeps: Sequence[Keeps], block_size: int, patience_s: float, unheard_s: float, trust: Trust
+    ) -> None:
+        """`keeps`: for each KV cache group, what of a request's tokens it keeps.
+
+        `patience_s` and `unheard_s` are those of `Follower`.
+        """
         self._keeps = keeps
         self._trust = trust
         self._keeper = Keeper(trust)
+        self._early = EarlyLoads(Follower(patience_s, unheard_s, trust), self._keeper, keeps, block_size)
         self._prompts = SharedPrompts()
-        self._announced: dict[str, RemotePrefill] = {}
-        self._pulling: dict[str, RemotePrefill] = {}
+        self._announced: dict[str, RemotePrefill | NamedPrefill] = {}
+        self._pulling: dict[str, RemotePrefill | NamedPrefill] = {}
         self._ended_early: set[str] = set()
         self._num_declined = 0
         self._numbers: dict[str, TransferNumbers] = {}
@@ -50,35 +57,49 @@ class DecodeSide:
 
     def announce(self, request: Request) -> None:
         """Note a request that brings `do_remote_prefill`, and keep its blocks at the prefill engine."""
+        params = request.kv_transfer_params or {}
+        remote: RemotePrefill | NamedPrefill
         try:
-            remote = RemotePrefill.parse(request.kv_transfer_params or {})
+            remote = (NamedPrefill if "transfer_name" in params else RemotePrefill).parse(params)
             self._trust.check_host(remote.remote_host)
         except (WireError, PeerNotAdmitted) as error:
             self._decline(request, error)
             return
-        if complaint := self._unusable(request, remote):
+        if isinstance(remote, NamedPrefill):
+            self._early.follow(remote)
+        elif complaint := why_unusable(request, remote, self._keeps):
             self._decline(request, complaint)
             self._release_unless_wanted(remote)
             return
+        else:
+            self._keeper.hold(remote)
         self._announced[request.request_id] = remote
-        self._prompts.bring(remote, request.request_id)
-        self._keeper.hold(remote)
+        self._prompts.bring(remote.key, request.request_id)
 
     def tokens_to_pull(self, request: Request, num_computed_tokens: int) -> int | None:
-        """Tokens beyond the local prefix hit whose KV is worth pulling; None while another request does."""
+        """Tokens beyond the local prefix hit whose KV is worth pulling.
+
+        None while another request pulls them, or nothing of them is computed yet.
+        """
         remote = self._announced.get(request.request_id)
         if remote is None:
             return 0
-        num_tokens = max(0, self._useful_tokens(request, remote) - num_computed_tokens)
-        match self._prompts.state(remote):
-            case Prompt.THERE:
-                return num_tokens
-            case Prompt.PULLING:
-                return None if num_tokens else 0
-            case Prompt.PULLED:
+        prompt = self._prompts.state(remote.key)
+        if prompt is Prompt.PULLED:
+            return 0
+        if isinstance(remote, NamedPrefill):
+            useful = self._early.useful_tokens(request, remote, num_computed_tokens)
+            if isinstance(useful, str):
+                self._decline(request, useful)
+                del self._announced[request.request_id]
+                self._leave(request, remote)
                 return 0
-            case state:
-                assert_never(state)
+        else:
+            useful = useful_tokens(request, remote, self._keeps)
+        if useful is None:
+            return None
+        num_tokens = max(0, useful - num_computed_tokens)
+        return None if num_tokens and prompt is Prompt.PULLING else num_tokens
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Queue the pull for the next step; with nothing to pull, tell prefill to free its blocks."""
@@ -90,18 +111,17 @@ class DecodeSide:
             self._leave(request, remote)
             return
         self._pulling[request.request_id] = remote
-        self._prompts.pull(remote, request.request_id)
-        useful = self._useful_tokens(request, remote)
+        self._prompts.pull(remote.key, request.request_id)
+        if isinstance(remote, NamedPrefill):
+            self._early.begin(request, remote, blocks.get_block_ids(), num_external_tokens)
+            return
+        useful = useful_tokens(request, remote, self._keeps)
         self._pulls.append(
             Pull(
                 request_id=request.request_id,
                 remote=remote,
-                local_blocks=tuple(
-                    tuple(ids)
-                    if group.tokens_per_state is None
-                    else (state_block(ids, useful, group.tokens_per_state),)
-                    for group, ids in zip(self._keeps, blocks.get_block_ids(), strict=True)
-                ),
+                local_blocks=local_blocks(blocks.get_block_ids(), useful, self._keeps),
+                load_start=useful - num_external_tokens,
                 first_token=useful - num_external_tokens,
                 tokens=num_external_tokens,
                 prompt_tokens=request.num_prompt_tokens,
@@ -115,8 +135,17 @@ class DecodeSide:
 
     def take_pulls(self) -> tuple[Pull, ...]:
         """What the workers are to read, since the last call."""
-        pulls, self._pulls = tuple(self._pulls), []
+        pulls, self._pulls = (*self._pulls, *self._early.take_parts()), []
         return pulls
+
+    def take_given_up(self) -> tuple[GiveUp, ...]:
+        """Of which requests the workers have read parts and will get no more, since the last call."""
+        return self._early.take_given_up()
+
+    def failed_somewhere(self, request_ids: Iterable[str]) -> None:
+        """A rank could not read a part of these: the others need not go on."""
+        for request_id in request_ids:
+            self._early.stop(request_id, "another rank of this engine could not read it", "read")
 
     def add_numbers(self, numbers: Mapping[str, TransferNumbers]) -> None:
         """What ranks report of requests that they have read."""
@@ -128,8 +157,8 @@ class DecodeSide:
         """Every rank is done with the request, for better or worse."""
         remote = self._pulling.pop(request_id, None)
         if remote is not None:
-            self._prompts.pulled(remote, loaded=not failed)
-            self._keeper.drop(remote)
+            self._prompts.pulled(remote.key, loaded=not failed)
+            self._let_go(request_id, remote, loaded=not failed)
         if failed or request_id in self._ended_early:
             self._ended_early.discard(request_id)
             self._numbers.pop(request_id, None)
@@ -144,6 +173,7 @@ class DecodeSide:
         if request.request_id in self._pulling:
             # Its blocks stay allocated until every rank has reported, and so do our notes.
             self._ended_early.add(request.request_id)
+            self._early.stop(request.request_id, "its request has ended", None)
             return None
         numbers = self._numbers.pop(request.request_id, None)
         if numbers is None:
@@ -156,75 +186,37 @@ class DecodeSide:
         self._num_declined = 0
 
     def close(self) -> None:
-        """End the keeper. May be called twice."""
+        """End the threads. May be called twice."""
+        self._early.close()
         self._keeper.close()
 
-    def _leave(self, request: Request, remote: RemotePrefill) -> None:
+    def _let_go(self, request_id: str, remote: RemotePrefill | NamedPrefill, loaded: bool) -> None:
+        """Every rank is done with the request's load."""
+        if isinstance(remote, RemotePrefill):
+            self._keeper.drop(remote)
+            return
+        # The ranks may all have failed before the last part was asked for; they forget the request now.
+        self._early.stop(request_id, "no rank could read it", None)
+        if not loaded:
+            # Not every rank has said done: that is for the last part, to which some have not come.
+            self._release_unless_wanted(remote)
+        elif not self._prompts.is_wanted(remote.key):
+            self._early.drop(remote)
+
+    def _leave(self, request: Request, remote: RemotePrefill | NamedPrefill) -> None:
         """The request has no use for what it brought."""
-        self._prompts.leave(remote, request.request_id)
+        self._prompts.leave(remote.key, request.request_id)
+        self._early.leave(request.request_id)
         self._release_unless_wanted(remote)
 
-    def _release_unless_wanted(self, remote: RemotePrefill) -> None:
-        if not self._prompts.is_wanted(remote):
+    def _release_unless_wanted(self, remote: RemotePrefill | NamedPrefill) -> None:
+        if self._prompts.is_wanted(remote.key):
+            return
+        if isinstance(remote, NamedPrefill):
+            self._early.forgo(remote)
+        else:
             self._keeper.release(remote)
 
     def _decline(self, request: Request, reason: object) -> None:
         logger.warning("request %s is computed here: %s", request.request_id, reason)
         self._num_declined += 1
-
-    def _useful_tokens(self, request: Request, remote: RemotePrefill) -> int:
-        """Where the interval of prompt tokens ends whose KV is at the prefill engine and of use here.
-
-        The last prompt token is not: decode runs it to get the next one, and computes its KV on the way.
-        """
-        rooms = [
-            len(blocks) * remote.remote_block_size
-            for group, blocks in zip(self._keeps, remote.remote_block_ids, strict=True)
-            if not group.is_state
-        ]
-        return min(request.num_prompt_tokens - 1, remote.remote_num_tokens, *rooms)
-
-    def _unusable(self, request: Request, remote: RemotePrefill) -> str | None:
-        """A sentence on why the prefill engine's blocks cannot be pulled, or None."""
-        found = len(remote.remote_block_ids)
-        if found != len(self._keeps):
-            return (
-                f"prefill engine {remote.remote_engine_id} has {found} KV cache groups and this engine "
-                f"{len(self._keeps)}; start both with the same model and options"
-            )
-        tokens = Span(0, self._useful_tokens(request, remote))
-        if len(tokens) and digest_of(request, remote.remote_num_tokens) != remote.remote_prompt_digest:
-            return (
-                f"prefill engine {remote.remote_engine_id} computed another prompt; send it one prompt per "
-                f"request, and the same to both engines"
-            )
-        for blocks, group in zip(remote.remote_block_ids, self._keeps, strict=True):
-            if group.is_state:
-                if complaint := _unusable_state(request, remote, blocks):
-                    return complaint
-                continue
-            at = positions_of(tokens_seen(tokens, group.window), remote.remote_block_size)
-            if NULL_BLOCK in blocks[at.start : at.stop]:
-                return (
-                    f"prefill engine {remote.remote_engine_id} has given away blocks inside the sliding "
-                    f"window; ask it for one token (max_tokens 1)"
-                )
-        return None
-
-
-def _unusable_state(request: Request, remote: RemotePrefill, blocks: Sequence[int]) -> str | None:
-    wanted = request.num_prompt_tokens - 1
-    if wanted == 0:
-        return None
-    if len(blocks) != 1 or remote.remote_num_tokens != wanted:
-        return (
-            f"prefill engine {remote.remote_engine_id} has {len(blocks)} blocks of recurrent state after "
-            f"{remote.remote_num_tokens} tokens and this engine needs the one after {wanted}; send both the "
-            f"same prompt, and start them with the same model and options"
-        )
-    if blocks[0] == NULL_BLOCK:
-        return (
-            f"the recurrent state of prefill engine {remote.remote_engine_id} has gone on behind the prompt; "
-            f"ask it for one token (max_tokens 1)"
-        )
-    return None

@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import msgspec
 
@@ -25,6 +25,7 @@ WIRE_VERSION = 4
 #    KV cache group and kind of layer, with the heads that the rank stores; windows; checksums
 # 3: layers with recurrent state; distances from block to block and from head to head, which a layer's pages
 #    need not fill
+# 4: requests have names of a router's choice, by which decode asks how far they are and gives them up
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 """The number of a rank or block, or how many blocks there are."""
 WireAddress = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
+TransferName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+"""What a router calls a request: long and random, so that no other is called so."""
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=65536)]
 RequestIds = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
 
@@ -232,19 +235,51 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: str
 
 
-class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
-    """The `kv_transfer_params` of prefill's answer, which the router hands to decode untouched.
+class AtEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request's `kv_transfer_params` say of the prefill engine.
 
     They pass through the client's hands: what they say is checked before it is used.
     """
 
     remote_engine_id: Name
     """The engine, made unique per start, so that a restarted one is not mistaken for its predecessor."""
-    remote_request_id: Name
-    """The request's id in the prefill engine, under which its blocks are held."""
     remote_host: Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9.:_\[\]-]+$")]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     """Where the engine's listener is."""
+
+    @property
+    def peer(self) -> tuple[str, int, str]:
+        """What tells the engine from others."""
+        return self.remote_host, self.remote_port, self.remote_engine_id
+
+    @classmethod
+    def parse(cls, params: dict[str, object]) -> Self:
+        """What a request brings. Raises WireError naming the key that is missing or wrong."""
+        try:
+            return msgspec.convert(params, cls)
+        except msgspec.ValidationError as error:
+            raise WireError(
+                f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
+            ) from error
+
+
+class NamedPrefill(AtEngine, frozen=True, kw_only=True):
+    """The `kv_transfer_params` of a request that a router sends while the prompt is still computed."""
+
+    transfer_name: TransferName
+    """What the router calls the request, here and at the prefill engine."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells the prompt from others at this engine."""
+        return self.remote_engine_id, self.transfer_name
+
+
+class RemotePrefill(AtEngine, frozen=True, kw_only=True):
+    """The `kv_transfer_params` of prefill's answer, which the router hands to decode untouched."""
+
+    remote_request_id: Name
+    """The request's id in the prefill engine, under which its blocks are held."""
     remote_block_ids: tuple[tuple[Index, ...], ...]
     """For each KV cache group, the request's blocks in token order; 0 where its window has passed.
 
@@ -255,21 +290,88 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_block_size: Size
     """Tokens per block."""
     remote_lease: Index
-    """The number of this lease of the engine, which tells it from others of requests of the same id."""
+    """A number that the engine gives whenever it gives a request its blocks, and never again."""
     remote_lease_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the blocks are held without a sign of life."""
     remote_prompt_digest: Name | None
     """`prompt_digest` of these tokens, so that no other prompt gets their KV; None: they have no ids."""
 
-    @classmethod
-    def parse(cls, params: dict[str, object]) -> RemotePrefill:
-        """What a request brings. Raises WireError naming the key that is missing or wrong."""
-        try:
-            return msgspec.convert(params, cls)
-        except msgspec.ValidationError as error:
-            raise WireError(
-                f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
-            ) from error
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the prompt from others at this engine."""
+        return self.remote_engine_id, self.remote_lease
+
+
+class Watch(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that decode asks after by its name, and what it knows of it; at first, lease 0."""
+
+    name: TransferName
+    lease: Index
+    tokens: Index
+
+
+class AskProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How far are these requests?"""
+
+    engine_id: Name
+    watches: Annotated[tuple[Watch, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
+
+
+class Unheard(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """No request of this name has come yet, or it was forgotten."""
+
+
+class Unchanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """It is as far as decode knows."""
+
+
+class Growing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Its prompt is being computed.
+
+    What was read of its blocks holds only if it still had the lease `so_far.remote_lease` when it ended: one
+    that is preempted gives its blocks away, and gets others under another lease.
+    """
+
+    so_far: RemotePrefill
+    """The tokens that are in memory; the digest is already that of the whole prompt."""
+    prompt_tokens: Index
+    """How many there will be."""
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Its prompt is computed, and its blocks are held."""
+
+    prefill: RemotePrefill
+
+
+class Gone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """It will not be there any more."""
+
+    reason: str
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How far each of the requests is that were asked after, in their order."""
+
+    of: Annotated[
+        tuple[Unheard | Unchanged | Growing | Ended | Gone, ...], msgspec.Meta(max_length=MAX_REQUESTS)
+    ]
+
+
+class Forgo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Nobody will read the requests of these names, whether or not they have come yet."""
+
+    engine_id: Name
+    names: Annotated[tuple[TransferName, ...], msgspec.Meta(max_length=MAX_REQUESTS)]
+
+
+def transfer_name_of(params: dict[str, object]) -> str | None:
+    """The name that a router gave a request. Raises WireError for what cannot be one."""
+    name = params.get("transfer_name")
+    try:
+        return None if name is None else msgspec.convert(name, TransferName)
+    except msgspec.ValidationError as error:
+        raise WireError(f"transfer_name {name!r} cannot be used: {error}") from error
 
 
 _HASHED_AT_ONCE_BYTES = 2000
@@ -292,17 +394,35 @@ def prompt_digest(token_ids: Sequence[int], marks: Sequence[str] = ()) -> str:
 
 @dataclass(frozen=True)
 class Pull:
-    """One request's load, as the scheduler half asks every rank's worker half for it."""
+    """One request's load or a part of it, as the scheduler half asks every rank's worker half for it.
+
+    The parts of a load are read in their order. Only the last one, which may be empty, is followed by the
+    question whether the lease held. A part that does not begin where the one before it ended begins anew,
+    where the load begins: what was read before it does not count.
+    """
 
     request_id: str
     remote: RemotePrefill
     local_blocks: tuple[tuple[int, ...], ...]
     """The request's blocks here, as `remote.remote_block_ids` are there."""
+    load_start: int
+    """Where the local prefix hit ends, and the load begins."""
     first_token: int
-    """Where the local prefix hit ends."""
+    """Where this part of it begins."""
     tokens: int
     """Tokens whose KV is to be read, from there on."""
     prompt_tokens: int
+    is_last: bool = True
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """No part of a request's load will come any more, since it failed or is not wanted."""
+
+    request_id: str
+    reason: str
+    kind: str | None
+    """Which failure it is, one of metrics.FAILURES; None: none, since the request has ended."""
 
 
 @dataclass(frozen=True)
@@ -315,8 +435,8 @@ class ToSum:
     tokens: int
 
 
-Question = AskForEngine | Renew | Done | Release | AskSums
-Answer = Engine | Renewed | DoneNoted | Released | Sums | SumsPending | Refused
+Question = AskForEngine | Renew | Done | Release | AskSums | AskProgress | Forgo
+Answer = Engine | Renewed | DoneNoted | Released | Sums | SumsPending | Progress | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)

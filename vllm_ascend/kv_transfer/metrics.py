@@ -27,6 +27,23 @@ class TransferNumbers:
     """From the scheduler's decision to the start of the read."""
     transfer_ms: float
     regroup_ms: float
+    parts: int = 1
+    """In how many parts it was read: more than one where decode was told of it while it was computed."""
+
+    def then(self, later: TransferNumbers, begins_anew: bool) -> TransferNumbers:
+        """This and a later part of the load as one; `begins_anew`: at the load's first token."""
+        return TransferNumbers(
+            prompt_tokens=self.prompt_tokens,
+            tokens=later.tokens + (0 if begins_anew else self.tokens),
+            blocks=later.blocks + (0 if begins_anew else self.blocks),
+            bytes=self.bytes + later.bytes,
+            descriptors=self.descriptors + later.descriptors,
+            sources=tuple(sorted({*self.sources, *later.sources})),
+            queue_ms=self.queue_ms + later.queue_ms,
+            transfer_ms=self.transfer_ms + later.transfer_ms,
+            regroup_ms=self.regroup_ms + later.regroup_ms,
+            parts=self.parts + later.parts,
+        )
 
     def merged(self, other: TransferNumbers) -> TransferNumbers:
         """Both ranks' work as one: amounts add up, times are those of the slower rank."""
@@ -40,6 +57,7 @@ class TransferNumbers:
             queue_ms=max(self.queue_ms, other.queue_ms),
             transfer_ms=max(self.transfer_ms, other.transfer_ms),
             regroup_ms=max(self.regroup_ms, other.regroup_ms),
+            parts=max(self.parts, other.parts),
         )
 
     def as_params(self) -> dict[str, Any]:
@@ -51,11 +69,12 @@ class TransferNumbers:
 
 def nothing_moved(prompt_tokens: int) -> TransferNumbers:
     """The numbers of a request whose whole prompt was a local prefix hit."""
-    return TransferNumbers(prompt_tokens, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
+    return TransferNumbers(prompt_tokens, 0, 0, 0, 0, (), 0.0, 0.0, 0.0, 0)
 
 
 _SUMS = {
     "loads": "Loads of a request's KV cache by a rank.",
+    "parts": "Parts in which they were read, more than loads where decode was told early.",
     "failed": "Loads that failed.",
     "declined": "Requests that brought KV of no use and were computed here.",
     "blocks": "Blocks pulled from prefill engines.",
@@ -99,7 +118,9 @@ class TransferStats(KVConnectorStats):
 
     def add(self, numbers: TransferNumbers) -> None:
         """Count one rank's load."""
-        self.count(loads=1, **{name: getattr(numbers, name) for name in ("blocks", "bytes", "descriptors")})
+        self.count(
+            loads=1, **{name: getattr(numbers, name) for name in ("parts", "blocks", "bytes", "descriptors")}
+        )
         seconds = self.data["seconds"]
         seconds["queue_seconds"].append(numbers.queue_ms / 1000)
         seconds["wire_seconds"].append(numbers.transfer_ms / 1000)
@@ -142,6 +163,7 @@ class TransferStats(KVConnectorStats):
         loads = max(1, sums["loads"])
         return {
             "loads": sums["loads"],
+            "parts": sums["parts"],
             "failed loads": sums["failed"],
             **{f"failed: {kind}": count for kind, count in sorted(self.data["failures"].items())},
             "MiB": round(sums["bytes"] / 2**20, 3),

@@ -12,33 +12,41 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
+import msgspec
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from vllm_ascend.errors import WireError
 from vllm_ascend.kv_transfer.blocks import NULL_BLOCK, Keeps, state_block
 from vllm_ascend.kv_transfer.handshake import Listener
 from vllm_ascend.kv_transfer.lease import LeaseTable
 from vllm_ascend.kv_transfer.messages import (
     Answer,
     AskForEngine,
+    AskProgress,
     AskSums,
     Done,
     DoneNoted,
     Engine,
+    Forgo,
     Question,
     Refused,
     Release,
     Released,
+    RemotePrefill,
     Renew,
     Renewed,
     ToSum,
+    transfer_name_of,
 )
 from vllm_ascend.kv_transfer.metrics import TransferStats
+from vllm_ascend.kv_transfer.named import Held, NamedRequests
 from vllm_ascend.kv_transfer.prompts import digest_of, drop_last_token
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.trust import Trust
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
@@ -72,11 +80,14 @@ class PrefillSide:
         self._sums = SumTable()
         self._to_sum: list[ToSum] = []
         self._leases = LeaseTable()
-        self._lease_numbers = itertools.count()
+        self._lease_numbers = itertools.count(1)
         self._pinned: dict[str, int] = {}
         self._num_pinned = 0
         self._reported: dict[str, int] = {}
         self._engine: Engine | None = None
+        # Blocks left of a window, and those of states, change hands while a prompt is computed.
+        grow = all(group.window is None and not group.is_state for group in keeps)
+        self._named = NamedRequests(self._lease_numbers, self._describe, block_size, grow)
         self._listener = Listener(host, port, self._answer, trust)
         logger.info("KV listener of engine %s at %s:%d", self.engine_id, host, self._listener.port)
         if trust.keys is None:
@@ -105,10 +116,26 @@ class PrefillSide:
         # A request that is to compute its whole prompt, such as for its logprobs, does so at both engines.
         if any(group.is_state for group in self._keeps) and not request.skip_reading_prefix_cache:
             drop_last_token(request)
+        try:
+            name = transfer_name_of(request.kv_transfer_params or {})
+        except WireError as error:
+            logger.warning("nobody can read request %s before it ends: %s", request.request_id, error)
+            return
+        if name is not None:
+            self._named.begin(name, request)
+
+    def scheduled(self, output: SchedulerOutput) -> None:
+        """What the step that is about to begin computes."""
+        self._named.scheduled(output)
+
+    def processed(self) -> None:
+        """A step has ended, on every rank."""
+        self._named.processed()
 
     def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, Params | None]:
         """Whether to hold the finished request's blocks, and what to tell the router about them."""
         if request.status not in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED):
+            self._named.dropped(request.request_id)
             return False, None
         self._leases.grant(request.request_id, self._lease_s, time.monotonic())
         num_blocks = sum(len(blocks) - blocks.count(NULL_BLOCK) for blocks in block_ids)
@@ -125,19 +152,17 @@ class PrefillSide:
             useful = num_tokens if has_state else min(num_tokens, request.num_prompt_tokens - 1)
             self._sums.expect(request.request_id, useful)
             self._to_sum.append(ToSum(request.request_id, readable, useful))
+        lease = self._named.lease_of(request.request_id)
+        digest = digest_of(request, num_tokens)
+        prefill = self._describe(
+            Held(request.request_id, readable, num_tokens, digest, lease or next(self._lease_numbers))
+        )
+        if lease is not None and not self._named.computed(request.request_id, prefill):
+            self._leases.release([request.request_id])
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_engine_id": self.engine_id,
-            "remote_request_id": request.request_id,
-            "remote_host": self._listener.host,
-            "remote_port": self._listener.port,
-            "remote_block_ids": [list(blocks) for blocks in readable],
-            "remote_num_tokens": num_tokens,
-            "remote_block_size": self._block_size,
-            "remote_lease": next(self._lease_numbers),
-            "remote_lease_s": self._lease_s,
-            "remote_prompt_digest": digest_of(request, num_tokens),
+            **msgspec.to_builtins(prefill),
             "tp_size": self._tp_size,
         }
 
@@ -150,10 +175,13 @@ class PrefillSide:
                 request_id,
                 self._lease_s,
             )
-        self._sums.drop(freed.read | freed.expired)
-        for request_id in freed.read | freed.expired:
+        either = freed.read | freed.expired
+        if either:
+            self._sums.drop(either)
+            self._named.freed(either)
+        for request_id in either:
             self._num_pinned -= self._pinned.pop(request_id)
-        return freed.read | freed.expired
+        return either
 
     def take_to_sum(self) -> tuple[ToSum, ...]:
         """Requests that the workers are to sum, since the last call."""
@@ -189,6 +217,20 @@ class PrefillSide:
             return (NULL_BLOCK,)
         return (state_block(blocks, request.num_prompt_tokens, group.tokens_per_state),)
 
+    def _describe(self, held: Held) -> RemotePrefill:
+        return RemotePrefill(
+            remote_engine_id=self.engine_id,
+            remote_request_id=held.request_id,
+            remote_host=self._listener.host,
+            remote_port=self._listener.port,
+            remote_block_ids=held.blocks,
+            remote_num_tokens=held.tokens,
+            remote_block_size=self._block_size,
+            remote_lease=held.lease,
+            remote_lease_s=self._lease_s,
+            remote_prompt_digest=held.digest,
+        )
+
     def _answer(self, question: Question) -> Answer:
         if self._engine is None:
             return Refused(reason="it is still starting; ask again")
@@ -208,5 +250,10 @@ class PrefillSide:
                 return Released()
             case AskSums():
                 return self._sums.answer(question)
+            case AskProgress():
+                return self._named.answer(question)
+            case Forgo(names=names):
+                self._leases.release(self._named.forgo(names))
+                return Released()
             case _:
                 assert_never(question)

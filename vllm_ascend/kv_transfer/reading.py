@@ -102,11 +102,12 @@ class Reading:
                     self._staging.prepare(self._of_tokens.index(stack), plan)
 
     def run(self, pull: Pull, engine: PrefillEngine, fence: Fence, clock: Stopwatch) -> TransferNumbers:
-        """Read once `fence` is passed. Returns what it cost. Raises KVTransferError."""
-        tokens = [
-            tokens_seen(tokens_from(pull.first_token, pull.tokens), window)
-            for window in self._local.description.windows
-        ]
+        """Read once `fence` is passed. Returns what it cost. Raises KVTransferError.
+
+        Checksums are those of whole requests: with the last part the whole load is verified, and only then
+        converted, since they are of what prefill has.
+        """
+        tokens = self._seen(tokens_from(pull.first_token, pull.tokens))
         num_blocks = self._check_blocks(pull, tokens)
         reads = self._plan(pull, engine, tokens)
         copies = [part for read in reads for part in read.copies]
@@ -122,6 +123,7 @@ class Reading:
             read.regroup_heads()
         regroup_ms = clock.lap_ms()
         if self._peer_sums is not None:
+            reads = self._whole_load(pull, engine, reads) if pull.is_last else []
             self._verify(self._peer_sums, pull, reads)
             clock.lap_ms()
         for read in reads:
@@ -139,6 +141,16 @@ class Reading:
             regroup_ms=(regroup_ms if any(read.is_raw for read in reads) else 0.0)
             + sum(part.regroup_ms for part in staged),
         )
+
+    def _seen(self, tokens: Span) -> list[Span]:
+        """Of `tokens`, those that are wanted of each KV cache group."""
+        return [tokens_seen(tokens, window) for window in self._local.description.windows]
+
+    def _whole_load(self, pull: Pull, engine: PrefillEngine, reads: list[_StackRead]) -> list[_StackRead]:
+        """What all parts have read together; `reads` are those of the last."""
+        if pull.first_token == pull.load_start:
+            return reads
+        return self._plan(pull, engine, self._seen(Span(pull.load_start, pull.first_token + pull.tokens)))
 
     def _plan(self, pull: Pull, engine: PrefillEngine, tokens: Sequence[Span]) -> list[_StackRead]:
         """The reads of every stack, proved; `tokens` are those wanted of each KV cache group."""

@@ -10,14 +10,11 @@ than a block, they compute.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from enum import Enum, auto
-
-from vllm_ascend.kv_transfer.messages import RemotePrefill
 
 REMEMBERED = 4096
 """How many prompts that were pulled are remembered: a second request for one comes soon or never."""
-
-_Key = tuple[str, int]
 
 
 class Prompt(Enum):
@@ -32,49 +29,43 @@ class Prompt(Enum):
 
 
 class SharedPrompts:
-    """Who brings which prefilled prompt. For the engine's thread."""
+    """Who brings which prefilled prompt, by its `key`. For the engine's thread."""
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
-        self._bringers: dict[_Key, set[str]] = {}
-        self._puller: dict[_Key, str] = {}
-        self._pulled: OrderedDict[_Key, None] = OrderedDict()
+        self._bringers: dict[Hashable, set[str]] = {}
+        self._puller: dict[Hashable, str] = {}
+        self._pulled: OrderedDict[Hashable, None] = OrderedDict()
 
-    def state(self, remote: RemotePrefill) -> Prompt:
-        """What a request that brings `remote` can count on now."""
-        key = _key(remote)
-        if key in self._puller:
+    def state(self, prompt: Hashable) -> Prompt:
+        """What a request that brings `prompt` can count on now."""
+        if prompt in self._puller:
             return Prompt.PULLING
-        return Prompt.PULLED if key in self._pulled else Prompt.THERE
+        return Prompt.PULLED if prompt in self._pulled else Prompt.THERE
 
-    def bring(self, remote: RemotePrefill, request_id: str) -> None:
+    def bring(self, prompt: Hashable, request_id: str) -> None:
         """The request may pull it."""
-        self._bringers.setdefault(_key(remote), set()).add(request_id)
+        self._bringers.setdefault(prompt, set()).add(request_id)
 
-    def pull(self, remote: RemotePrefill, request_id: str) -> None:
+    def pull(self, prompt: Hashable, request_id: str) -> None:
         """The request, one of those who bring it, begins to pull."""
-        self._puller[_key(remote)] = request_id
+        self._puller[prompt] = request_id
 
-    def pulled(self, remote: RemotePrefill, loaded: bool) -> None:
+    def pulled(self, prompt: Hashable, loaded: bool) -> None:
         """The pull has ended. After one that failed the next may try, and learn for itself why not."""
-        key = _key(remote)
-        self.leave(remote, self._puller.pop(key))
+        self.leave(prompt, self._puller.pop(prompt))
         if loaded:
-            self._pulled[key] = None
+            self._pulled[prompt] = None
             if len(self._pulled) > self._remembered:
                 self._pulled.popitem(last=False)
 
-    def leave(self, remote: RemotePrefill, request_id: str) -> None:
+    def leave(self, prompt: Hashable, request_id: str) -> None:
         """The request needs it no more."""
-        bringers = self._bringers[_key(remote)]
+        bringers = self._bringers[prompt]
         bringers.remove(request_id)
         if not bringers:
-            del self._bringers[_key(remote)]
+            del self._bringers[prompt]
 
-    def is_wanted(self, remote: RemotePrefill) -> bool:
+    def is_wanted(self, prompt: Hashable) -> bool:
         """Whether some request may pull it yet, or does."""
-        return _key(remote) in self._bringers
-
-
-def _key(remote: RemotePrefill) -> _Key:
-    return remote.remote_engine_id, remote.remote_lease
+        return prompt in self._bringers

@@ -3,8 +3,9 @@
 
 The engine's thread starts pulls and takes results in each step. A reader thread carries one pull from the
 question who the peer is, through its `Reading`, to the word that it is done, and asks whether the lease held.
-It ends as `Loaded` or as `NotLoaded`, never as the first for the second. What was not loaded is told only
-when its blocks can be written no more, since vLLM then gives them to others.
+A load that grows comes as several pulls, in `Parts`. It ends as `Loaded` or as `NotLoaded`, never as the
+first for the second. What was not loaded is told only when its blocks can be written no more, since vLLM then
+gives them to others.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from vllm_ascend.kv_transfer.messages import (
     Done,
     DoneNoted,
     Engine,
+    GiveUp,
     Pull,
     RemotePrefill,
     ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
+from vllm_ascend.kv_transfer.parts import Parts, Stopped
 from vllm_ascend.kv_transfer.peers import Peers
 from vllm_ascend.kv_transfer.reader import ReaderPool, SideBySide, Stopwatch
 from vllm_ascend.kv_transfer.reading import Reading
@@ -74,10 +77,38 @@ class NotLoaded:
 
     request_id: str
     reason: str
-    kind: str
-    """One of metrics.FAILURES."""
+    kind: str | None
+    """One of metrics.FAILURES; None: it is no failure, since nobody wants them any more."""
     settled: Callable[[], bool]
     """Whether nothing writes them any more."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A pull, the work before which its blocks are in use, and the time since it was asked for."""
+
+    pull: Pull
+    fence: Fence
+    clock: Stopwatch
+
+
+@dataclass
+class _Load:
+    """One request's load."""
+
+    parts: Parts[_Part]
+    _numbers: TransferNumbers | None = None
+    """What the parts cost that were read. Its reader's alone."""
+
+    @property
+    def numbers(self) -> TransferNumbers:
+        assert self._numbers is not None, "nothing was read yet"
+        return self._numbers
+
+    def add(self, numbers: TransferNumbers, pull: Pull) -> None:
+        """`pull` was read, and cost `numbers`."""
+        begins_anew = pull.first_token == pull.load_start
+        self._numbers = numbers if self._numbers is None else self._numbers.then(numbers, begins_anew)
 
 
 class WorkerHalf:
@@ -101,6 +132,8 @@ class WorkerHalf:
         self._trust = trust
         self._lines = Lines(options.peer_timeout_s, trust)
         self._engines: Peers[PrefillEngine] = Peers()
+        self._growing: dict[str, _Load] = {}
+        self._given_up: list[NotLoaded] = []
         self._unsettled: list[NotLoaded] = []
         of_tokens = [stack for stack in local.stacks if not stack.is_state]
         # Head-major, there are no heads to put side by side.
@@ -113,18 +146,23 @@ class WorkerHalf:
         peer_sums = PeerSums(self._lines, options.peer_timeout_s) if options.verify else None
         self._reading = Reading(local, regroups, self._sources, staging, peer_sums)
 
-    def start(self, pulls: tuple[Pull, ...]) -> None:
-        """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done."""
+    def start(self, pulls: Sequence[Pull], given_up: Sequence[GiveUp] = ()) -> None:
+        """Hand `pulls` to the readers, to begin when the work now on this thread's stream is done.
+
+        Of loads that are `given_up` no other part will come.
+        """
+        for one in given_up:
+            self._give_up(one)
         if not pulls:
             return
         fence = self._regroups[0].fence()
         for pull in pulls:
-            remote = pull.remote
-            engine = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
-            load = partial(self._submit_load, pull, fence, Stopwatch.started())
-            if self._engines.when_met(engine, load):
-                meet = partial(self._engines.meet, engine, partial(self._meet, remote))
-                self._readers.submit(meet, peer=_peer_of(remote))
+            # One load's parts are read one after the other; the record of it ends with the last of them.
+            load = self._growing.pop(pull.request_id, None) or _Load(Parts())
+            if not pull.is_last:
+                self._growing[pull.request_id] = load
+            if load.parts.add(_Part(pull, fence, Stopwatch.started())):
+                self._begin(load, pull)
 
     def sum_up(self, to_sum: ToSum) -> tuple[LayerSums, ...]:
         """This rank's checksums of a finished request, for decode to check what it reads."""
@@ -136,9 +174,10 @@ class WorkerHalf:
 
     def take_results(self) -> list[Loaded | NotLoaded]:
         """What has come of pulls since the last call, and whose blocks can be written no more."""
-        results = self._readers.take_finished()
+        results = [*self._readers.take_finished(), *self._given_up]
+        self._given_up.clear()
         for result in results:
-            if isinstance(result, NotLoaded):
+            if isinstance(result, NotLoaded) and result.kind is not None:
                 logger.warning("KV of request %s was not loaded: %s", result.request_id, result.reason)
         ended: list[Loaded | NotLoaded] = []
         waiting, self._unsettled = self._unsettled, []
@@ -172,27 +211,56 @@ class WorkerHalf:
         for name, layer in zip(stack.memory.layers, stack.tensors, strict=True):
             yield LayerSums(self._local.rank.place, name, 0, state_sums(layer, block))
 
-    def _submit_load(
-        self, pull: Pull, fence: Fence, clock: Stopwatch, engine: PrefillEngine | KVTransferError
-    ) -> None:
-        load = partial(self._load, pull, fence, clock, engine)
-        self._readers.submit(load, _peer_of(pull.remote), size=pull.tokens)
+    def _give_up(self, given_up: GiveUp) -> None:
+        load = self._growing.pop(given_up.request_id, None) or _Load(Parts())
+        if load.parts.stop(Stopped(given_up.reason, given_up.kind)):
+            self._given_up.append(NotLoaded(given_up.request_id, given_up.reason, given_up.kind, _settled))
+
+    def _begin(self, load: _Load, pull: Pull) -> None:
+        """Have a reader take the load's parts, `pull` first, once the peer is met."""
+        submit = partial(self._submit_load, load, pull)
+        if self._engines.when_met(pull.remote.peer, submit):
+            meet = partial(self._engines.meet, pull.remote.peer, partial(self._meet, pull.remote))
+            self._readers.submit(meet, peer=_peer_of(pull.remote))
+
+    def _submit_load(self, load: _Load, pull: Pull, engine: PrefillEngine | KVTransferError) -> None:
+        read = partial(self._load, pull.request_id, load, engine)
+        self._readers.submit(read, _peer_of(pull.remote), size=pull.tokens)
 
     # From here on: reader threads.
 
     def _load(
-        self, pull: Pull, fence: Fence, clock: Stopwatch, engine: PrefillEngine | KVTransferError
-    ) -> Loaded | NotLoaded:
+        self, request_id: str, load: _Load, engine: PrefillEngine | KVTransferError
+    ) -> Loaded | NotLoaded | None:
+        """Read the parts that wait. Returns what came of the load; None: other parts will come."""
+        while (part := load.parts.take()) is not None:
+            outcome: Loaded | NotLoaded | None
+            if isinstance(part, Stopped):
+                outcome = NotLoaded(request_id, part.reason, part.kind, _settled)
+            else:
+                outcome = self._load_part(part, load, engine)
+            if outcome is not None:
+                load.parts.end()
+                return outcome
+        return None
+
+    def _load_part(
+        self, part: _Part, load: _Load, engine: PrefillEngine | KVTransferError
+    ) -> Loaded | NotLoaded | None:
+        pull = part.pull
         outcome: Loaded | NotLoaded
         try:
             if isinstance(engine, KVTransferError):
                 raise engine
-            outcome = Loaded(pull.request_id, self._reading.run(pull, engine, fence, clock))
+            load.add(self._reading.run(pull, engine, part.fence, part.clock), pull)
+            outcome = Loaded(pull.request_id, load.numbers)
         except PeerUnreachable as error:
             # It cannot be told either, and asking again would keep this thread from other peers.
             return _not_loaded(pull, error)
         except KVTransferError as error:
             outcome = _not_loaded(pull, error)
+        if not pull.is_last:
+            return None if isinstance(outcome, Loaded) else outcome
         # Said after a failure, too: this rank reads no more, and prefill need not hold the blocks for it.
         try:
             held = self._say_done(pull)

@@ -7,7 +7,7 @@ from vllm_ascend.kv_transfer.messages import RemotePrefill
 from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
 
 
-def brought(lease: int = 7, engine_id: str = "prefill") -> RemotePrefill:
+def brought(lease: int = 7, engine_id: str = "prefill") -> tuple[str, int]:
     return RemotePrefill(
         remote_engine_id=engine_id,
         remote_request_id="p",
@@ -19,7 +19,7 @@ def brought(lease: int = 7, engine_id: str = "prefill") -> RemotePrefill:
         remote_lease=lease,
         remote_lease_s=30.0,
         remote_prompt_digest=None,
-    )
+    ).key
 
 
 def test_the_others_wait_for_the_one_that_pulls_and_need_nothing_then():
@@ -49,7 +49,7 @@ def test_after_a_pull_that_failed_the_next_may_try():
 
 
 @pytest.mark.parametrize("other", [brought(lease=8), brought(engine_id="its successor")])
-def test_prompts_are_told_apart_by_engine_and_lease(other: RemotePrefill):
+def test_prompts_are_told_apart_by_engine_and_lease(other: tuple[str, int]):
     prompts = SharedPrompts()
     prompts.bring(brought(), "a")
     prompts.pull(brought(), "a")
