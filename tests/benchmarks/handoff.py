@@ -151,17 +151,17 @@ class Handoffs:
         self._number = itertools.count()
         chance = random.Random(0)
         numbers = range(1, 2 * pair.num_blocks)
-        self._remote = chance.sample(numbers, pair.num_blocks)
-        self._local = chance.sample(numbers, pair.num_blocks)
+        self.remote_blocks = chance.sample(numbers, pair.num_blocks)
+        self.local_blocks = chance.sample(numbers, pair.num_blocks)
         self.costs: list[dict[str, Any]] = []
         """What each cost, as the connector tells the client."""
 
     def __call__(self) -> float:
         """Seconds of one handoff."""
         name = f"request {next(self._number)}"
-        params = prefilled(self._prefill, name, TOKENS, self._remote)
+        params = prefilled(self._prefill, name, TOKENS, self.remote_blocks)
         begin_s = time.perf_counter()
-        wanted, _ = admit(self._decode, name, TOKENS, self._local, params)
+        wanted, _ = admit(self._decode, name, TOKENS, self.local_blocks, params)
         while not (output := self._decode.step()).finished_recving:
             pass
         seconds = time.perf_counter() - begin_s
@@ -179,7 +179,7 @@ class Handoffs:
         for layer in range(LAYERS):
             there, here = (
                 torch.cat([engine.layer(rank, layer)[blocks].cpu() for rank in range(engine.tp_size)], dim=-2)
-                for engine, blocks in ((self._prefill, self._remote), (self._decode, self._local))
+                for engine, blocks in ((self._prefill, self.remote_blocks), (self._decode, self.local_blocks))
             )
             assert torch.equal(there, here), f"layer {layer}"
 

@@ -54,7 +54,9 @@ def recall_fleet(folder: Path) -> list[Server]:
     sizes = {"prefill": {"tp_size": 1, "dp_size": 2}}
     one = member("one", folder, [0])
     two = member("two", folder, [1, 2])
-    four = member("four", folder, [3, 4, 5, 6], role="kv_producer")
+    # A block at a time, so that long prompts are read while they are computed.
+    chunks = ("--max-num-batched-tokens", "128")
+    four = member("four", folder, [3, 4, 5, 6], role="kv_producer", options=chunks)
     ranks = {"kv_port": free_port(), "kv_connector_extra_config": sizes}
     return [
         *(one, two, four),
@@ -62,6 +64,7 @@ def recall_fleet(folder: Path) -> list[Server]:
         member("replicated", folder, [9, 10], tp_size=1, options=replicated, **ranks),
         router([two], [one], folder, name="two-to-one"),
         router([four], [two], folder, name="four-to-two"),
+        router([four], [two], folder, name="four-to-two, early", options=["--early"]),
     ]
 
 

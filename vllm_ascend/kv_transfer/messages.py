@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import msgspec
 
@@ -241,6 +241,9 @@ class AtEngine(msgspec.Struct, frozen=True, kw_only=True):
     They pass through the client's hands: what they say is checked before it is used.
     """
 
+    cure: ClassVar[str]
+    """What to do about parameters that cannot be used."""
+
     remote_engine_id: Name
     """The engine, made unique per start, so that a restarted one is not mistaken for its predecessor."""
     remote_host: Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9.:_\[\]-]+$")]
@@ -258,13 +261,13 @@ class AtEngine(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.convert(params, cls)
         except msgspec.ValidationError as error:
-            raise WireError(
-                f"kv_transfer_params cannot be used: {error}; hand prefill's answer to decode untouched"
-            ) from error
+            raise WireError(f"kv_transfer_params cannot be used: {error}; {cls.cure}") from error
 
 
 class NamedPrefill(AtEngine, frozen=True, kw_only=True):
     """The `kv_transfer_params` of a request that a router sends while the prompt is still computed."""
+
+    cure = "take remote_engine_id, remote_host and remote_port from an answer of the prefill engine"
 
     transfer_name: TransferName
     """What the router calls the request, here and at the prefill engine."""
@@ -277,6 +280,8 @@ class NamedPrefill(AtEngine, frozen=True, kw_only=True):
 
 class RemotePrefill(AtEngine, frozen=True, kw_only=True):
     """The `kv_transfer_params` of prefill's answer, which the router hands to decode untouched."""
+
+    cure = "hand prefill's answer to decode untouched"
 
     remote_request_id: Name
     """The request's id in the prefill engine, under which its blocks are held."""
