@@ -5,11 +5,11 @@
 
 starts a prefill and a decode engine of random sizes, and a router; asks questions of the recall model, whose
 right answers are known: of all lengths, with shared prefixes, streamed, several answers or prompts at once,
-refused ones, by clients that leave, with loads that fail. With `--kills 3` an engine is killed three times on
-the way and started again. It prints how far it is, and at the end one line of JSON: what became of the
-requests, what both engines hold then, and how memory, descriptors and threads of each process have grown
-since everything had been used once; those of an engine that was killed, since a while after its start. The
-exit status tells whether all is well.
+refused ones, by clients that leave, with loads that fail. With `--early` prompts are read while prefill
+computes them. With `--kills 3` an engine is killed three times on the way and started again. It prints how
+far it is, and at the end one line of JSON: what became of the requests, what both engines hold then, and how
+memory, descriptors and threads of each process have grown since everything had been used once; those of an
+engine that was killed, since a while after its start. The exit status tells whether all is well.
 
 `tests/disaggregated/test_soak.py` runs a little of it.
 """
@@ -435,6 +435,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="how often an engine is killed on the way")
     parser.add_argument("--at-once", type=int, default=8, help="clients")
     parser.add_argument("--seed", type=int, default=None, help="of questions and sizes; by default a new one")
+    parser.add_argument(
+        "--early", action="store_true", help="the router tells decode early, and prefill computes in chunks"
+    )
     options = parser.parse_args()
     seed = random.randrange(2**20) if options.seed is None else options.seed
     rng = random.Random(seed)
@@ -454,7 +457,7 @@ def main() -> None:
     # blocks are free because both sides said so.
     lease_s = 30 if options.kills else 300
 
-    def serve(name: str, devices: range, role: str, block_size: int) -> Server:
+    def serve(name: str, devices: range, role: str, block_size: int, *more: str) -> Server:
         config = connector(
             role,
             kv_load_failure_policy="recompute",
@@ -466,16 +469,18 @@ def main() -> None:
             devices=devices,
             log_dir=log_dir,
             kv_transfer_config=config,
-            options=engine_options(block_size),
+            options=(*engine_options(block_size), *more),
         )
         server.environment |= (
             TASK_QUEUE | FEW_PRIMITIVES | {"VLLM_ASCEND_KV_SECRET": "the secret of this soak"}
         )
         return server
 
-    prefill = serve("prefill", range(prefill_tp), "kv_producer", prefill_block)
+    chunks = ("--max-num-batched-tokens", "64") if options.early else ()
+    prefill = serve("prefill", range(prefill_tp), "kv_producer", prefill_block, *chunks)
     decode = serve("decode", range(prefill_tp, prefill_tp + decode_tp), "kv_consumer", decode_block)
-    engines = Engines(prefill, decode, router([prefill], [decode], log_dir))
+    front = router([prefill], [decode], log_dir, options=["--early"] if options.early else [])
+    engines = Engines(prefill, decode, front)
     servers = [prefill, decode, engines.front]
     with running(servers, tell):
         plan = Plan(options.requests, options.warm_up, seed, options.at_once, options.kills)
