@@ -138,9 +138,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Outside libraries that only some files may import.
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.growth", "kv_transfer.lease"),
-    "kv_transfer.messages",
-    *("kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology", "kv_transfer.transport"),
-    *("kv_transfer.convert", "kv_transfer.turns", "kv_transfer.windows"),
+    *("kv_transfer.messages", "kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology"),
+    *("kv_transfer.convert", "kv_transfer.transport", "kv_transfer.turns", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
     *("kv_transfer.door", "kv_transfer.follower", "kv_transfer.handshake", "kv_transfer.parts"),
