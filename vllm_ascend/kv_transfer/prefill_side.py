@@ -163,6 +163,7 @@ class PrefillSide:
             "do_remote_prefill": True,
             "do_remote_decode": False,
             **msgspec.to_builtins(prefill),
+            "remote_block_ids": [list(blocks) for blocks in readable],
             "tp_size": self._tp_size,
         }
 
