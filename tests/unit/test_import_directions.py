@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.decode_side", "kv_transfer.metrics", "kv_transfer.mooncake", "kv_transfer.pace"),
         *("kv_transfer.prefill_side", "kv_transfer.regroup"),
         *("kv_transfer.sums", "kv_transfer.transport", "kv_transfer.trust", "kv_transfer.worker"),
+        "kv_transfer.orders",
     },
     "kv_transfer.pace": set(),
     "kv_transfer.prompts": {"kv_transfer.messages"},
@@ -50,22 +51,26 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.blocks", "kv_transfer.handshake", "kv_transfer.lease", "kv_transfer.messages"),
         *("errors", "kv_transfer.metrics", "kv_transfer.named", "kv_transfer.prompts", "kv_transfer.sums"),
         "kv_transfer.trust",
+        "kv_transfer.orders",
     },
     "kv_transfer.named": {"kv_transfer.messages", "kv_transfer.prompts"},
     "kv_transfer.decode_side": {
         *("errors", "kv_transfer.blocks", "kv_transfer.early", "kv_transfer.follower", "kv_transfer.keeper"),
         *("kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.sharing", "kv_transfer.trust"),
         "kv_transfer.usable",
+        "kv_transfer.orders",
     },
     "kv_transfer.early": {
         *("kv_transfer.blocks", "kv_transfer.follower", "kv_transfer.growth", "kv_transfer.keeper"),
         *("kv_transfer.messages", "kv_transfer.prompts", "kv_transfer.topology", "kv_transfer.usable"),
+        "kv_transfer.orders",
     },
     "kv_transfer.follower": {"errors", "kv_transfer.door", "kv_transfer.messages", "kv_transfer.trust"},
     "kv_transfer.growth": {"kv_transfer.topology"},
     "kv_transfer.usable": {
         *("kv_transfer.blocks", "kv_transfer.messages", "kv_transfer.prompts", "kv_transfer.topology"),
     },
+    "kv_transfer.orders": {"kv_transfer.messages"},
     "kv_transfer.sharing": set(),
     "kv_transfer.worker": {
         *("errors", "envs", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.config"),
@@ -74,12 +79,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kv_transfer.parts", "kv_transfer.peers", "kv_transfer.reader", "kv_transfer.reading"),
         "kv_transfer.regroup",
         *("kv_transfer.topology", "kv_transfer.staged", "kv_transfer.transport", "kv_transfer.trust"),
+        "kv_transfer.orders",
     },
     "kv_transfer.reading": {
         *("errors", "kv_transfer.blocks", "kv_transfer.checksum", "kv_transfer.cover", "kv_transfer.local"),
         *("kv_transfer.messages", "kv_transfer.metrics", "kv_transfer.pairing", "kv_transfer.plan"),
         *("kv_transfer.reader", "kv_transfer.regroup", "kv_transfer.staged", "kv_transfer.topology"),
         *("kv_transfer.transport", "kv_transfer.verify"),
+        "kv_transfer.orders",
     },
     "kv_transfer.local": {
         *("errors", "attention.cache_layout", "attention.layout_option", "kv_transfer.blocks"),
@@ -138,8 +145,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Outside libraries that only some files may import.
 PURE = {
     *("errors", "kv_transfer.blocks", "kv_transfer.cover", "kv_transfer.growth", "kv_transfer.lease"),
-    *("kv_transfer.messages", "kv_transfer.plan", "kv_transfer.sharing", "kv_transfer.topology"),
-    *("kv_transfer.convert", "kv_transfer.transport", "kv_transfer.turns", "kv_transfer.windows"),
+    *("kv_transfer.messages", "kv_transfer.orders", "kv_transfer.plan", "kv_transfer.sharing"),
+    *("kv_transfer.convert", "kv_transfer.topology", "kv_transfer.transport"),
+    *("kv_transfer.turns", "kv_transfer.windows"),
 }
 WITHOUT_TORCH_AND_VLLM = PURE | {
     *("kv_transfer.door", "kv_transfer.follower", "kv_transfer.handshake", "kv_transfer.parts"),

@@ -29,14 +29,12 @@ from vllm_ascend.kv_transfer.messages import (
     BlockSizes,
     CacheDescription,
     Engine,
-    GiveUp,
     Parallel,
-    Pull,
     RankRegions,
-    ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferCounters, TransferNumbers, TransferStats
 from vllm_ascend.kv_transfer.mooncake import MooncakeTransport, default_protocol
+from vllm_ascend.kv_transfer.orders import GiveUp, Pull, ToSum
 from vllm_ascend.kv_transfer.pace import Pace
 from vllm_ascend.kv_transfer.prefill_side import PrefillSide
 from vllm_ascend.kv_transfer.regroup import Regroup

@@ -18,8 +18,9 @@ from vllm_ascend.kv_transfer.blocks import Keeps
 from vllm_ascend.kv_transfer.early import EarlyLoads, local_blocks
 from vllm_ascend.kv_transfer.follower import Follower
 from vllm_ascend.kv_transfer.keeper import Keeper
-from vllm_ascend.kv_transfer.messages import GiveUp, NamedPrefill, Pull, RemotePrefill
+from vllm_ascend.kv_transfer.messages import NamedPrefill, RemotePrefill
 from vllm_ascend.kv_transfer.metrics import TransferNumbers, TransferStats, nothing_moved
+from vllm_ascend.kv_transfer.orders import GiveUp, Pull
 from vllm_ascend.kv_transfer.sharing import Prompt, SharedPrompts
 from vllm_ascend.kv_transfer.trust import Trust
 from vllm_ascend.kv_transfer.usable import useful_tokens, why_unusable

@@ -19,7 +19,8 @@ from vllm_ascend.kv_transfer.blocks import Keeps, state_block
 from vllm_ascend.kv_transfer.follower import Follower, Lost, News
 from vllm_ascend.kv_transfer.growth import Growth
 from vllm_ascend.kv_transfer.keeper import Keeper
-from vllm_ascend.kv_transfer.messages import Ended, GiveUp, Growing, NamedPrefill, Pull, RemotePrefill
+from vllm_ascend.kv_transfer.messages import Ended, Growing, NamedPrefill, RemotePrefill
+from vllm_ascend.kv_transfer.orders import GiveUp, Pull
 from vllm_ascend.kv_transfer.prompts import digest_of
 from vllm_ascend.kv_transfer.topology import Span
 from vllm_ascend.kv_transfer.usable import another_prompt, useful_tokens, why_other_groups, why_unusable

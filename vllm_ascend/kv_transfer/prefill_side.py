@@ -36,11 +36,11 @@ from vllm_ascend.kv_transfer.messages import (
     RemotePrefill,
     Renew,
     Renewed,
-    ToSum,
     transfer_name_of,
 )
 from vllm_ascend.kv_transfer.metrics import TransferStats
 from vllm_ascend.kv_transfer.named import Held, NamedRequests
+from vllm_ascend.kv_transfer.orders import ToSum
 from vllm_ascend.kv_transfer.prompts import digest_of, drop_last_token
 from vllm_ascend.kv_transfer.sums import LayerSums, SumTable
 from vllm_ascend.kv_transfer.trust import Trust

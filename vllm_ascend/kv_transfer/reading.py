@@ -21,8 +21,9 @@ from vllm_ascend.kv_transfer.blocks import (
 from vllm_ascend.kv_transfer.checksum import Summer
 from vllm_ascend.kv_transfer.cover import prove_cover
 from vllm_ascend.kv_transfer.local import LocalCache, Stack, blocks_of
-from vllm_ascend.kv_transfer.messages import BlockSizes, Pull
+from vllm_ascend.kv_transfer.messages import BlockSizes
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
+from vllm_ascend.kv_transfer.orders import Pull
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, StackPlans
 from vllm_ascend.kv_transfer.plan import PairPlan, share_positions
 from vllm_ascend.kv_transfer.reader import SideBySide, Stopwatch

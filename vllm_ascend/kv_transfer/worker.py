@@ -38,12 +38,10 @@ from vllm_ascend.kv_transfer.messages import (
     Done,
     DoneNoted,
     Engine,
-    GiveUp,
-    Pull,
     RemotePrefill,
-    ToSum,
 )
 from vllm_ascend.kv_transfer.metrics import TransferNumbers
+from vllm_ascend.kv_transfer.orders import GiveUp, Pull, ToSum
 from vllm_ascend.kv_transfer.pairing import PrefillEngine, pair_with
 from vllm_ascend.kv_transfer.parts import Parts, Stopped
 from vllm_ascend.kv_transfer.peers import Peers
