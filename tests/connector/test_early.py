@@ -562,7 +562,8 @@ def test_a_load_in_parts_is_verified_whole(tmp_path, flipped, caplog_vllm):
             assert "is not what the prefill engine computed, in layer" in caplog_vllm.text
         else:
             assert side.is_same(USEFUL)
-        finish(side.decode, wanted)
+            numbers = finish(side.decode, wanted)
+            assert (numbers["sources"], numbers["tokens"], numbers["parts"]) == ((0, 1), USEFUL, 2)
         side.wait_until_freed(prompt.request_id)
 
 

@@ -123,11 +123,12 @@ class Reading:
         for read in reads:
             read.regroup_heads()
         regroup_ms = clock.lap_ms()
+        to_convert = reads
         if self._peer_sums is not None:
-            reads = self._whole_load(pull, engine, reads) if pull.is_last else []
-            self._verify(self._peer_sums, pull, reads)
+            to_convert = self._whole_load(pull, engine, reads) if pull.is_last else []
+            self._verify(self._peer_sums, pull, to_convert)
             clock.lap_ms()
-        for read in reads:
+        for read in to_convert:
             read.convert()
         regroup_ms += clock.lap_ms()
         return TransferNumbers(
