@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 190, 60, 64, 30
 _WIDTH = 760

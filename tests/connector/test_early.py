@@ -100,13 +100,17 @@ def start(
     verify: bool = False,
     block_size: int = BLOCK_SIZE,
     dtype: str = "bfloat16",
+    head_major: tuple[bool, bool] = (False, False),
 ) -> Side:
-    """`block_size` and `dtype` are those of decode."""
+    """`block_size` and `dtype` are those of decode; `head_major`: prefill's pages, and decode's."""
     config = model_folder(folder, HEADS)
     extra = {"lease_s": LEASE_S, "verify": verify}
-    prefill = Engine(engine_config(config, prefill_tp, "kv_producer", extra), model)
+    there = engine_config(config, prefill_tp, "kv_producer", extra, head_major=head_major[0])
+    prefill = Engine(there, model)
     FaultyConnector.transports.clear()
-    here = engine_config(config, decode_tp, "kv_consumer", extra, block_size=block_size)
+    here = engine_config(
+        config, decode_tp, "kv_consumer", extra, block_size=block_size, head_major=head_major[1]
+    )
     decode = Engine(here, dataclasses.replace(model, dtype=dtype), connector=FaultyConnector)
     return Side(prefill, decode, list(FaultyConnector.transports))
 
@@ -565,6 +569,28 @@ def test_a_load_in_parts_is_verified_whole(tmp_path, flipped, caplog_vllm):
             numbers = finish(side.decode, wanted)
             assert (numbers["sources"], numbers["tokens"], numbers["parts"]) == ((0, 1), USEFUL, 2)
         side.wait_until_freed(prompt.request_id)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        pytest.param(True, False, id="head-major to token-major"),
+        pytest.param(False, True, id="token-major to head-major"),
+        pytest.param(True, True, id="head-major"),
+    ],
+)
+def test_parts_of_either_layout_go_into_pages_of_either(tmp_path, there, here):
+    side = start(tmp_path, 2, 1, Model(HEADS), head_major=(there, here))
+    with running(side.prefill, side.decode):
+        prompt = side.prompt()
+        prompt.compute(2 * BLOCK_SIZE)
+        wanted, _ = admit_when_ready(side.decode, "d", TOKENS, HERE, side.params(prompt))
+        side.wait_until_same(2 * BLOCK_SIZE)
+        prompt.finish()
+        assert side.wait_for_load("d")
+        assert side.is_same(USEFUL)
+        side.wait_until_freed(prompt.request_id)
+        assert finish(side.decode, wanted)["parts"] == 2
 
 
 def test_windows_are_read_in_one_part_when_the_prompt_is_there(tmp_path):
