@@ -170,16 +170,15 @@ class Keeper:
                 del self._peers[key]
 
     def _peer(self, remote: RemotePrefill) -> _Peer:
-        key = (remote.remote_host, remote.remote_port, remote.remote_engine_id)
-        if key not in self._peers:
+        if remote.peer not in self._peers:
             self._trust.check_host(remote.remote_host)
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
             self._trust.lock_caller(socket)
             socket.connect(f"tcp://{remote.remote_host}:{remote.remote_port}")
-            self._peers[key] = _Peer(remote.remote_engine_id, socket, idle_since_s=time.monotonic())
-        return self._peers[key]
+            self._peers[remote.peer] = _Peer(remote.remote_engine_id, socket, idle_since_s=time.monotonic())
+        return self._peers[remote.peer]
 
     def _tell(self, peer: _Peer, question: Question) -> None:
         # Answers say nothing that must be acted on: a reader learns at "done" whether its lease held.

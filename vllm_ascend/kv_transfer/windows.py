@@ -61,24 +61,25 @@ def windows(num_layers: int, num_pages: int, page_bytes: int, part_bytes: int) -
 
     `page_bytes` is a page here, all shares; `part_bytes` holds one at least.
     """
-    pages_at_once = min(num_pages, part_bytes // page_bytes)
-    assert pages_at_once > 0 or num_pages == 0
-    layers_at_once = max(1, part_bytes // (max(1, num_pages) * page_bytes))
-    for first_layer in range(0, num_layers, layers_at_once):
-        layers = range(first_layer, min(first_layer + layers_at_once, num_layers))
-        for first_page in range(0, num_pages, max(1, pages_at_once)):
-            yield Window(layers, range(first_page, min(first_page + pages_at_once, num_pages)))
+    for layers, pages in _cut(num_layers, num_pages, page_bytes, part_bytes):
+        yield Window(layers, pages)
 
 
 def windows_of_pages(num_layers: int, num_pages: int, page_bytes: int, part_bytes: int) -> Iterator[Window]:
     """The same, but all layers of a page where they fit. Layers are cut only where one page's do not."""
-    layers_at_once = min(num_layers, part_bytes // page_bytes)
-    assert layers_at_once > 0 or num_layers == 0
-    pages_at_once = max(1, part_bytes // (max(1, layers_at_once) * page_bytes))
-    for first_page in range(0, num_pages, pages_at_once):
-        pages = range(first_page, min(first_page + pages_at_once, num_pages))
-        for first_layer in range(0, num_layers, max(1, layers_at_once)):
-            yield Window(range(first_layer, min(first_layer + layers_at_once, num_layers)), pages)
+    for pages, layers in _cut(num_pages, num_layers, page_bytes, part_bytes):
+        yield Window(layers, pages)
+
+
+def _cut(num_rows: int, row_length: int, item_bytes: int, part_bytes: int) -> Iterator[tuple[range, range]]:
+    """Rows, and places in them, of `num_rows` rows of `row_length` items: whole rows where they fit."""
+    at_once = min(row_length, part_bytes // item_bytes)
+    assert at_once > 0 or row_length == 0
+    rows_at_once = max(1, part_bytes // (max(1, row_length) * item_bytes))
+    for first_row in range(0, num_rows, rows_at_once):
+        rows = range(first_row, min(first_row + rows_at_once, num_rows))
+        for first in range(0, row_length, max(1, at_once)):
+            yield rows, range(first, min(first + at_once, row_length))
 
 
 def copies_into(window: Window, shares: int, source: SharedPages, remote_pages: Ints, at: Address) -> Copies:
