@@ -14,8 +14,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -137,10 +138,13 @@ class Node:
         while not self._ended:
             if self._stepping:
                 self.step()
-            with contextlib.suppress(EOFError):
-                while commands.poll(0 if self._stepping else 0.05):
+            try:
+                # A step takes a while where there is a model; without one, steps leave others the core.
+                while commands.poll(0.001 if self._stepping else 0.05):
                     name, args = commands.recv()
                     commands.send(getattr(self, name)(*args))
+            except EOFError:
+                return
 
     def step(self) -> None:
         output = self._engine.step()
@@ -258,13 +262,18 @@ class Peer:
         self._process.kill()
         self._process.join()
 
-    def freeze(self) -> None:
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, none of its threads runs."""
         assert self._process.pid is not None
         os.kill(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+        try:
+            # The signal stops the others once one thread has taken it, which may have to wait for a core.
+            while not _is_stopped(self._process.pid):
+                time.sleep(0.001)
+            yield
+        finally:
+            os.kill(self._process.pid, signal.SIGCONT)
 
     def close(self) -> int | None:
         """End in order; the exit code, None if it had to be killed. The port must be free then."""
@@ -285,8 +294,6 @@ def _serve(
     role: str,
     extra: dict[str, Any],
 ) -> None:
-    from pathlib import Path
-
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -296,6 +303,16 @@ def _serve(
 
 def _halves(copies: Copies) -> list[Copies]:
     return list(copies.batches((len(copies) + 1) // 2))
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether every thread is, see proc_pid_stat(5): the state follows the name, which may hold anything."""
+    try:
+        stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        # A thread has just ended.
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def _free_port() -> int:

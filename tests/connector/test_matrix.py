@@ -58,8 +58,8 @@ CELLS = [
 ]
 
 HEADS = 4
-LEASE_S = 1.5
-TIMEOUTS = {"peer_timeout_s": 1, "read_timeout_s": 1, "lease_s": LEASE_S}
+LEASE_S = 2.5
+TIMEOUTS = {"peer_timeout_s": 2, "read_timeout_s": 1, "lease_s": LEASE_S}
 TOKENS = 2 * BLOCK_SIZE + 1
 REMOTE, LOCAL, NEXT_REMOTE, NEXT_LOCAL = [1, 2, 3], [4, 5, 6], [11, 12, 13], [14, 15, 16]
 """A prompt's blocks on the two sides; its last token, alone in the third, is decode's to compute."""
@@ -176,6 +176,8 @@ class Transfer:
         self._data_path = data_path
         self.moment, self._fault = moment, fault
         self.remote, self.local = blocks
+        # The lease runs from prefill's end; a successor that has yet to start must not use it up.
+        self.decode.do(Node.holds)
         number = next(pair.ids)
         self.at_prefill, self.at_decode = f"p{number}", f"d{number}"
         self.prefill.do(Node.fill, self.remote, number)
@@ -194,11 +196,12 @@ class Transfer:
         """Start it and stop it at its moment."""
         how = {"error": "fail", "late write": "late"}.get(self._fault, "stop")
         self.decode.do(Node.set_gate, self.moment, how if self.moment == "reading" else None)
-        self.decode.do(Node.keep_stepping, self.moment not in ("before handshake", "after done"))
+        self.decode.do(Node.keep_stepping, self.moment != "before handshake")
         self.start()
         if self.moment == "after done":
-            self.decode.do(Node.step)
+            # Prefill frees the blocks before its answer has left, so decode must have heard it.
             self.prefill.until(Node.freed, self.at_prefill)
+            self.decode.until(Node.verdict, self.at_decode)
         elif self.moment != "before handshake" and self._fault != "error":
             self.decode.until(Node.at_gate)
 
@@ -252,20 +255,18 @@ class Transfer:
         self.go_on()
 
     def freeze_prefill(self) -> None:
-        self.prefill.freeze()
-        self.go_on()
-        if self.moment in ("queued", "reading"):
-            # What was asked for may come as long as nobody knows otherwise, and it does when prefill resumes.
-            time.sleep(1.5 * TIMEOUTS["read_timeout_s"])
-            assert self.decode.do(Node.verdict, self.at_decode) is None
-        else:
-            self.verdict()
-        self.prefill.resume()
+        with self.prefill.frozen():
+            self.go_on()
+            if self.moment in ("queued", "reading"):
+                # What was asked for may come as long as nobody knows otherwise, and it does after this.
+                time.sleep(1.5 * TIMEOUTS["read_timeout_s"])
+                assert self.decode.do(Node.verdict, self.at_decode) is None
+            else:
+                self.verdict()
 
     def freeze_decode(self) -> None:
-        self.decode.freeze()
-        self.lease_ends()
-        self.decode.resume()
+        with self.decode.frozen():
+            self.lease_ends()
         self.go_on()
 
     def cut_line(self) -> None:

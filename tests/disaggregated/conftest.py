@@ -29,8 +29,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         yield Fleet(folder, {server.name: server for server in servers})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """One pair of engines for every module that asks for it."""
+    """One pair of engines for every module that asks for it; these are neighbours by name.
+
+    Its ranks have torch_npu's task queues, which take half a core from whatever else runs.
+    """
     with running_pair(tmp_path_factory.mktemp("pair")) as pair:
         yield pair

@@ -34,7 +34,7 @@ MAX_RUNNING, MAX_REQUESTS = 3, 32
 DECODE_MAX_TOKENS = 496
 """Of a prompt and its answer together on the decode engine, where they fill half the blocks."""
 
-OPTIONS = {"lease_s": LEASE_S, "verify": True, "peer_timeout_s": 1}
+OPTIONS = {"lease_s": LEASE_S, "verify": True, "peer_timeout_s": 3}
 
 
 _SEEDS = itertools.count(40_000)
