@@ -50,6 +50,7 @@ class Case:
     model: Path
     num_requests: int
     context_tokens: int
+    """Of the longest; each other has one less than the one before it."""
 
 
 def measure(case: Case, num_steps: int) -> dict[str, object]:
@@ -105,7 +106,8 @@ def _prefill(engine: object, case: Case, num_steps: int) -> None:
         temperature=0, ignore_eos=True, detokenize=False, max_tokens=WARM_UP_STEPS + num_steps + 2
     )
     for number in range(case.num_requests):
-        prompt = [(7 * number + token) % 100 for token in range(case.context_tokens)]
+        # Each of a length of its own, as a server's requests are.
+        prompt = [(7 * number + token) % 100 for token in range(case.context_tokens - number)]
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
     while len(engine.step()) < case.num_requests:
         pass

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention of one sequence with grouped heads, in float32 on the CPU. Everything here is host memory; what
+// Attention of sequences with grouped heads, in float32 on the CPU. Everything here is host memory; what
 // the operators of torch_npu make of their layouts, lengths and masks is in op_attention.cpp.
 #pragma once
 
@@ -25,12 +25,14 @@ struct Visibility {
   std::optional<at::Tensor> hidden = std::nullopt;
 };
 
-struct Sequence {
-  /// [rows, heads, head size]
+/// Sequences of one shape: as many rows each, as many keys, and every row i sees the same.
+struct Sequences {
+  /// [sequences, rows, heads, head size]
   at::Tensor query;
   int64_t num_keys;
-  /// Called once each, with the span of keys that some row sees. They return [span, kv heads, head size];
-  /// query head h uses kv head h / (heads / kv heads). The head size of values may differ from that of keys.
+  /// Called once each, with the span of keys that some row sees. They return [sequences, span, kv heads, head
+  /// size]; query head h uses kv head h / (heads / kv heads). The head size of values may differ from that of
+  /// keys.
   std::function<at::Tensor(TokenSpan)> keys;
   std::function<at::Tensor(TokenSpan)> values;
   Visibility visibility;
@@ -42,9 +44,9 @@ struct Softmax {
   std::optional<at::Tensor> sink = std::nullopt;
 };
 
-/// Writes softmax(scale * query . keys) . values to `out` [rows, heads, value head size], rounded once to its
-/// dtype, and the logarithm of the sum of exponentials to `lse` float32 [rows, heads] where it is defined. A
-/// row that sees no key becomes 0, its lse +inf.
-void Attend(const Sequence& sequence, const Softmax& softmax, const at::Tensor& out, const at::Tensor& lse);
+/// Writes softmax(scale * query . keys) . values to `out` [sequences, rows, heads, value head size], rounded
+/// once to its dtype, and the logarithm of the sum of exponentials to `lse` float32 [sequences, rows, heads]
+/// where it is defined. A row that sees no key becomes 0, its lse +inf.
+void Attend(const Sequences& sequences, const Softmax& softmax, const at::Tensor& out, const at::Tensor& lse);
 
 }  // namespace ascend_emulator::aten

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // npu_fused_infer_attention_score and npu_fused_infer_attention_score_v2, each with its out form. A call is
-// read by argument names, checked against a card's rules, cut into sequences, and each sequence is attended
-// on its own in float32, keys and values gathered from the cache as it is reached.
+// read by argument names, checked against a card's rules and cut into sequences. Neighbours of one shape are
+// attended at once, in float32, keys and values gathered from the cache as they are reached: such are the KV
+// heads of a request on head-major pages.
 #include <c10/util/Exception.h>
 
 #include <tuple>
@@ -133,19 +134,65 @@ Results Given(const FusedAttention& call, const std::vector<at::Tensor>& out) {
 
 // --- computing ---
 
-// Gives the tokens of one sequence's keys or values, [tokens, kv heads, size].
-std::function<at::Tensor(TokenSpan)> TokensOf(const FusedAttention& call, const at::Tensor& tensor,
-                                              const at::Tensor& block_table, int64_t sequence,
-                                              const Place& place) {
-  if (call.Paged()) {
-    return
-        [&call, pages = AsPages(OnHost(tensor), call.num_kv_heads), block_table, sequence](TokenSpan tokens) {
-          return GatherTokens(call.op.c_str(), pages, RowOf(block_table, sequence), tokens);
-        };
+// Elements of keys that are held as float32 at a time; more would leave a core's cache.
+constexpr int64_t kMaxKeysAtOnce = int64_t{1} << 20;
+
+// Sequences of one shape, one after the other in the call.
+struct Alike {
+  int64_t first;
+  int64_t count;
+  Place queries;  // of the first
+  Place keys;     // of the first
+};
+
+bool AreNeighbours(const Place& first, const Place& other, int64_t distance) {
+  const int64_t size = first.tokens.size();
+  if (other.tokens.size() != size) return false;
+  return other.batch == first.batch ? other.tokens.begin == first.tokens.begin + distance * size
+                                    : other.batch == first.batch + distance;
+}
+
+std::vector<Alike> Cut(const FusedAttention& call) {
+  const std::vector<Place> queries = QueryPlaces(call);
+  const std::vector<Place> keys = KeyPlaces(call, static_cast<int64_t>(queries.size()));
+  // A mask that is read hides something else from each sequence.
+  const bool reads_mask = call.atten_mask.has_value() && !call.NeedsCompressedMask();
+  const int64_t key_size = call.num_kv_heads * AsBatch(call.query, call.layout, call.num_heads).size(3);
+  std::vector<Alike> cut;
+  for (size_t b = 0; b < queries.size(); ++b) {
+    if (!cut.empty() && !reads_mask) {
+      Alike& last = cut.back();
+      const bool fits = (last.count + 1) * last.keys.tokens.size() * key_size <= kMaxKeysAtOnce;
+      if (fits && AreNeighbours(last.queries, queries[b], last.count) &&
+          AreNeighbours(last.keys, keys[b], last.count)) {
+        ++last.count;
+        continue;
+      }
+    }
+    cut.push_back({static_cast<int64_t>(b), 1, queries[b], keys[b]});
   }
-  const at::Tensor rows = AsBatch(OnHost(tensor), call.layout, call.num_kv_heads)[place.batch];
-  return [rows, begin = place.tokens.begin](TokenSpan tokens) {
-    return rows.narrow(0, begin + tokens.begin, tokens.size());
+  return cut;
+}
+
+// Of [batch, tokens, ...], the tokens at `place` and at the places of `count` neighbours: [count, tokens, ...].
+at::Tensor Neighbours(const at::Tensor& rows, const Place& place, int64_t count) {
+  const TokenSpan tokens = place.tokens;
+  if (rows.size(0) > 1) return rows.narrow(0, place.batch, count).narrow(1, tokens.begin, tokens.size());
+  return rows[0].narrow(0, tokens.begin, count * tokens.size()).unflatten(0, {count, tokens.size()});
+}
+
+// Gives tokens of keys or values, [count, tokens, kv heads, size].
+std::function<at::Tensor(TokenSpan)> TokensOf(const FusedAttention& call, const at::Tensor& tensor,
+                                              const at::Tensor& block_table, const Alike& alike) {
+  if (call.Paged()) {
+    return [&call, pages = AsPages(OnHost(tensor), call.num_kv_heads),
+            table = block_table.narrow(0, alike.first, alike.count)](TokenSpan tokens) {
+      return GatherTokens(call.op.c_str(), pages, table, tokens);
+    };
+  }
+  const at::Tensor rows = AsBatch(OnHost(tensor), call.layout, call.num_kv_heads);
+  return [found = Neighbours(rows, alike.keys, alike.count)](TokenSpan tokens) {
+    return found.narrow(1, tokens.begin, tokens.size());
   };
 }
 
@@ -153,22 +200,17 @@ void Compute(const FusedAttention& call, const Results& results) {
   const at::Tensor query = AsBatch(OnHost(call.query), call.layout, call.num_heads);
   const at::Tensor out = AsBatch(OnHost(results.attention), call.out_layout, call.num_heads);
   const at::Tensor lse = LseRows(call, results.lse);
-  const at::Tensor table = call.Paged() ? OnHost(*call.block_table).contiguous() : at::Tensor();
+  const at::Tensor table = call.Paged() ? OnHost(*call.block_table) : at::Tensor();
   Softmax softmax{call.scale};
   if (call.learnable_sink) softmax.sink = OnHost(*call.learnable_sink).to(at::kFloat);
-  const std::vector<Place> queries = QueryPlaces(call);
-  const std::vector<Place> keys = KeyPlaces(call, static_cast<int64_t>(queries.size()));
-  for (size_t b = 0; b < queries.size(); ++b) {
-    const auto sequence = static_cast<int64_t>(b);
+  for (const Alike& alike : Cut(call)) {
     const auto rows = [&](const at::Tensor& tensor) {
-      return tensor.defined()
-                 ? tensor[queries[b].batch].narrow(0, queries[b].tokens.begin, queries[b].tokens.size())
-                 : tensor;
+      return tensor.defined() ? Neighbours(tensor, alike.queries, alike.count) : tensor;
     };
-    const int64_t num_keys = keys[b].tokens.size();
-    Attend({rows(query), num_keys, TokensOf(call, call.key, table, sequence, keys[b]),
-            TokensOf(call, call.value, table, sequence, keys[b]),
-            VisibilityOf(call, sequence, queries[b], num_keys)},
+    const int64_t num_keys = alike.keys.tokens.size();
+    Attend({rows(query), num_keys, TokensOf(call, call.key, table, alike),
+            TokensOf(call, call.value, table, alike),
+            VisibilityOf(call, alike.first, alike.queries, num_keys)},
            softmax, rows(out), rows(lse));
   }
 }

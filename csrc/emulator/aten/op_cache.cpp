@@ -115,7 +115,7 @@ void LoadRows(const Load& load, const std::vector<int64_t>& lengths, const at::T
     // A start acts in whole blocks: copying begins at the first token of the block it lies in.
     const int64_t start = asked_start / block_size * block_size;
     rows.narrow(0, row, lengths[b])
-        .copy_(GatherTokens(kLoad, pages, RowOf(table, sequence), {start, start + lengths[b]}));
+        .copy_(GatherTokens(kLoad, pages, table.narrow(0, sequence, 1), {start, start + lengths[b]})[0]);
     row += lengths[b];
   }
 }

@@ -170,11 +170,16 @@ void Compute(const FusedAttention& call, const Spans& spans, const at::Tensor& o
     const TokenSpan rows = spans.queries[b].tokens;
     const TokenSpan keys = spans.keys[b].tokens;
     const auto tokens_of = [begin = keys.begin](const at::Tensor& tensor) {
-      return [&tensor, begin](TokenSpan span) { return tensor.narrow(0, begin + span.begin, span.size()); };
+      return [&tensor, begin](TokenSpan span) {
+        return tensor.narrow(0, begin + span.begin, span.size()).unsqueeze(0);
+      };
     };
-    Attend({query.narrow(0, rows.begin, rows.size()), keys.size(), tokens_of(key), tokens_of(value),
+    const auto rows_of = [&rows](const at::Tensor& tensor) {
+      return tensor.narrow(0, rows.begin, rows.size()).unsqueeze(0);
+    };
+    Attend({rows_of(query), keys.size(), tokens_of(key), tokens_of(value),
             VisibilityOf(call, static_cast<int64_t>(b), spans.queries[b], keys.size())},
-           {call.scale}, host_out.narrow(0, rows.begin, rows.size()), {});
+           {call.scale}, rows_of(host_out), {});
   }
 }
 

@@ -117,14 +117,15 @@ void DecodeLatent(const at::Tensor& query, const at::Tensor& key_cache, int64_t 
     const int64_t num_keys = lengths.const_data_ptr<int32_t>()[b];
     TORCH_CHECK(num_keys > 0, kDecode, ": context_lens gives sequence ", b, " the length ", num_keys,
                 "; it has to be 1 or more");
-    const at::Tensor keys = GatherTokens(kDecode, pages, RowOf(table, b), {0, num_keys});
+    const at::Tensor keys = GatherTokens(kDecode, pages, table.narrow(0, b, 1), {0, num_keys});
     const auto part = [&keys](int64_t size) {
       return [&keys, size](TokenSpan span) {
-        return keys.narrow(0, span.begin, span.size()).narrow(2, 0, size);
+        return keys.narrow(1, span.begin, span.size()).narrow(3, 0, size);
       };
     };
-    Attend({rows.narrow(0, b, 1), num_keys, part(keys.size(2)), part(mla_vheadsize), Visibility{}},
-           Softmax{scale_value}, results.narrow(0, b, 1), at::Tensor());
+    const auto row = [b](const at::Tensor& tensor) { return tensor.narrow(0, b, 1).unsqueeze(1); };
+    Attend({row(rows), num_keys, part(keys.size(3)), part(mla_vheadsize), Visibility{}}, Softmax{scale_value},
+           row(results), at::Tensor());
   }
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/Tensor.h>
-#include <c10/util/ArrayRef.h>
 
 namespace ascend_emulator::aten {
 
@@ -16,16 +15,12 @@ struct TokenSpan {
   int64_t size() const { return end - begin; }
 };
 
-/// The blocks of one sequence in order, a row of a block table.
-using BlockRow = c10::ArrayRef<int32_t>;
-
-/// Row `index` of a block table int32 [B, columns] in host memory. It must outlive the result.
-BlockRow RowOf(const at::Tensor& block_table, int64_t index);
-
-/// Copies `tokens` of a sequence out of `cache` [num_blocks, block_size, ...], a CPU view with any strides;
-/// only the blocks that hold these tokens are read. Returns [tokens, ...]. Raises, naming `op`, when the row
-/// is too short or a block id lies outside of the cache. A card checks neither: it reads whatever memory the
-/// address leads to.
-at::Tensor GatherTokens(const char* op, const at::Tensor& cache, BlockRow blocks, TokenSpan tokens);
+/// Copies the same `tokens` of every sequence out of `cache` [num_blocks, block_size, ...], a CPU view with
+/// any strides; only the blocks that hold these tokens are read. `block_table`: int32 [sequences, columns] on
+/// the CPU, a sequence's blocks in order. Returns [sequences, tokens, ...]. Raises, naming `op`, when the table
+/// has too few columns or a block id lies outside of the cache. A card checks neither: it reads whatever
+/// memory the address leads to.
+at::Tensor GatherTokens(const char* op, const at::Tensor& cache, const at::Tensor& block_table,
+                        TokenSpan tokens);
 
 }  // namespace ascend_emulator::aten
