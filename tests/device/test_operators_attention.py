@@ -99,8 +99,8 @@ BATCHES = [
     pytest.param([5, 17, 32], [5, 17, 32], id="prefill"),
     pytest.param([1, 7, 3, 16], [20, 23, 3, 64], id="decode beside chunks of prefill"),
     pytest.param([2, 0, 1], [4, 5, 33], id="a sequence without query tokens"),
-    pytest.param([1, 1, 1, 1, 1], [16, 16, 37, 37, 16], id="decode, neighbours of one length"),
-    pytest.param([4, 4, 0, 0, 4, 3], [9, 9, 9, 9, 9, 9], id="chunks, neighbours of one length"),
+    pytest.param([1, 1, 1, 1, 1], [16, 16, 37, 37, 16], id="decode, some of one length"),
+    pytest.param([4, 4, 0, 0, 4, 3], [9, 9, 9, 9, 9, 9], id="chunks of one length"),
 ]
 HEADS = [
     pytest.param(Heads(4, 4, 16, 16), id="a kv head for each head"),

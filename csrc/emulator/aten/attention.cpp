@@ -73,7 +73,8 @@ void AttendSlice(const Slice& slice, const Softmax& softmax, const at::Tensor& o
   const int64_t num_rows = slice.query.size(1);
   const int64_t kv_heads = slice.keys.size(0) / num_sequences;
   const at::Tensor query = GroupRows(slice.query.to(at::kFloat).mul(softmax.scale), kv_heads);
-  at::Tensor scores = at::bmm(query, slice.keys.transpose(1, 2));  // [sequences * kv heads, group * rows, keys]
+  at::Tensor scores =
+      at::bmm(query, slice.keys.transpose(1, 2));  // [sequences * kv heads, group * rows, keys]
   if (slice.hidden.defined()) scores.unflatten(1, {-1, num_rows}).masked_fill_(slice.hidden, -kInfinity);
 
   at::Tensor highest = scores.amax(-1, /*keepdim=*/true);

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // npu_fused_infer_attention_score and npu_fused_infer_attention_score_v2, each with its out form. A call is
-// read by argument names, checked against a card's rules and cut into sequences. Neighbours of one shape are
-// attended at once, in float32, keys and values gathered from the cache as they are reached: such are the KV
-// heads of a request on head-major pages.
+// read by argument names, checked against a card's rules and cut into sequences. Those of one shape, as the
+// KV heads of a request on head-major pages, are attended at once, in float32, keys and values gathered from
+// the cache as they are reached.
+#include <ATen/TensorIndexing.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 
+#include <map>
 #include <tuple>
+#include <utility>
 
 #include "arguments.h"
 #include "attention.h"
@@ -137,20 +142,12 @@ Results Given(const FusedAttention& call, const std::vector<at::Tensor>& out) {
 // Elements of keys that are held as float32 at a time; more would leave a core's cache.
 constexpr int64_t kMaxKeysAtOnce = int64_t{1} << 20;
 
-// Sequences of one shape, one after the other in the call.
+// Sequences of one shape, and where they lie.
 struct Alike {
-  int64_t first;
-  int64_t count;
-  Place queries;  // of the first
-  Place keys;     // of the first
+  std::vector<int64_t> sequences;
+  std::vector<Place> queries;
+  std::vector<Place> keys;
 };
-
-bool AreNeighbours(const Place& first, const Place& other, int64_t distance) {
-  const int64_t size = first.tokens.size();
-  if (other.tokens.size() != size) return false;
-  return other.batch == first.batch ? other.tokens.begin == first.tokens.begin + distance * size
-                                    : other.batch == first.batch + distance;
-}
 
 std::vector<Alike> Cut(const FusedAttention& call) {
   const std::vector<Place> queries = QueryPlaces(call);
@@ -159,41 +156,75 @@ std::vector<Alike> Cut(const FusedAttention& call) {
   const bool reads_mask = call.atten_mask.has_value() && !call.NeedsCompressedMask();
   const int64_t key_size = call.num_kv_heads * AsBatch(call.query, call.layout, call.num_heads).size(3);
   std::vector<Alike> cut;
+  std::map<std::pair<int64_t, int64_t>, size_t> last_of_shape;
   for (size_t b = 0; b < queries.size(); ++b) {
-    if (!cut.empty() && !reads_mask) {
-      Alike& last = cut.back();
-      const bool fits = (last.count + 1) * last.keys.tokens.size() * key_size <= kMaxKeysAtOnce;
-      if (fits && AreNeighbours(last.queries, queries[b], last.count) &&
-          AreNeighbours(last.keys, keys[b], last.count)) {
-        ++last.count;
-        continue;
-      }
+    const int64_t num_keys = keys[b].tokens.size();
+    const auto [last, is_new] = last_of_shape.try_emplace({queries[b].tokens.size(), num_keys}, cut.size());
+    const auto count = is_new ? 0 : static_cast<int64_t>(cut[last->second].sequences.size());
+    if (is_new || reads_mask || (count + 1) * num_keys * key_size > kMaxKeysAtOnce) {
+      last->second = cut.size();
+      cut.emplace_back();
     }
-    cut.push_back({static_cast<int64_t>(b), 1, queries[b], keys[b]});
+    Alike& alike = cut[last->second];
+    alike.sequences.push_back(static_cast<int64_t>(b));
+    alike.queries.push_back(queries[b]);
+    alike.keys.push_back(keys[b]);
   }
   return cut;
 }
 
-// Of [batch, tokens, ...], the tokens at `place` and at the places of `count` neighbours: [count, tokens, ...].
-at::Tensor Neighbours(const at::Tensor& rows, const Place& place, int64_t count) {
-  const TokenSpan tokens = place.tokens;
-  if (rows.size(0) > 1) return rows.narrow(0, place.batch, count).narrow(1, tokens.begin, tokens.size());
-  return rows[0].narrow(0, tokens.begin, count * tokens.size()).unflatten(0, {count, tokens.size()});
-}
+// The tokens at `places`, which are as many at each, in tensors [batch, tokens, ...].
+class Rows {
+ public:
+  explicit Rows(const std::vector<Place>& places)
+      : first_(places.front()), num_places_(static_cast<int64_t>(places.size())) {
+    if (places.size() == 1) return;
+    std::vector<int64_t> batches;
+    std::vector<int64_t> tokens;
+    for (const Place& place : places) {
+      batches.push_back(place.batch);
+      for (int64_t token = place.tokens.begin; token < place.tokens.end; ++token) tokens.push_back(token);
+    }
+    at_ = {at::tensor(batches).unsqueeze(1), at::tensor(tokens).view({num_places_, first_.tokens.size()})};
+  }
 
-// Gives tokens of keys or values, [count, tokens, kv heads, size].
+  // [places, tokens, ...]: a view of one place, a copy of several.
+  at::Tensor Of(const at::Tensor& tensor) const {
+    if (!at_.empty()) return tensor.index(at_);
+    const TokenSpan tokens = first_.tokens;
+    return tensor.narrow(0, first_.batch, 1).narrow(1, tokens.begin, tokens.size());
+  }
+
+  // Where to write [places, tokens, ...] before `Put`: a view of one place, new memory for several.
+  at::Tensor RoomFor(const at::Tensor& tensor) const {
+    if (at_.empty()) return Of(tensor);
+    std::vector<int64_t> sizes = tensor.sizes().vec();
+    sizes[0] = num_places_;
+    sizes[1] = first_.tokens.size();
+    return at::empty(sizes, tensor.options());
+  }
+
+  void Put(const at::Tensor& tensor, const at::Tensor& rows) const {
+    if (!at_.empty()) at::Tensor(tensor).index_put_(at_, rows);
+  }
+
+ private:
+  Place first_;
+  int64_t num_places_;
+  std::vector<at::indexing::TensorIndex> at_;  // empty for one place
+};
+
+// Gives tokens of keys or values, [sequences, tokens, kv heads, size].
 std::function<at::Tensor(TokenSpan)> TokensOf(const FusedAttention& call, const at::Tensor& tensor,
                                               const at::Tensor& block_table, const Alike& alike) {
   if (call.Paged()) {
     return [&call, pages = AsPages(OnHost(tensor), call.num_kv_heads),
-            table = block_table.narrow(0, alike.first, alike.count)](TokenSpan tokens) {
+            table = block_table.index_select(0, at::tensor(alike.sequences))](TokenSpan tokens) {
       return GatherTokens(call.op.c_str(), pages, table, tokens);
     };
   }
-  const at::Tensor rows = AsBatch(OnHost(tensor), call.layout, call.num_kv_heads);
-  return [found = Neighbours(rows, alike.keys, alike.count)](TokenSpan tokens) {
-    return found.narrow(1, tokens.begin, tokens.size());
-  };
+  return [found = Rows(alike.keys).Of(AsBatch(OnHost(tensor), call.layout, call.num_kv_heads))](
+             TokenSpan tokens) { return found.narrow(1, tokens.begin, tokens.size()); };
 }
 
 void Compute(const FusedAttention& call, const Results& results) {
@@ -204,14 +235,16 @@ void Compute(const FusedAttention& call, const Results& results) {
   Softmax softmax{call.scale};
   if (call.learnable_sink) softmax.sink = OnHost(*call.learnable_sink).to(at::kFloat);
   for (const Alike& alike : Cut(call)) {
-    const auto rows = [&](const at::Tensor& tensor) {
-      return tensor.defined() ? Neighbours(tensor, alike.queries, alike.count) : tensor;
-    };
-    const int64_t num_keys = alike.keys.tokens.size();
-    Attend({rows(query), num_keys, TokensOf(call, call.key, table, alike),
+    const Rows rows(alike.queries);
+    const int64_t num_keys = alike.keys.front().tokens.size();
+    const at::Tensor attended = rows.RoomFor(out);
+    const at::Tensor sums = lse.defined() ? rows.RoomFor(lse) : lse;
+    Attend({rows.Of(query), num_keys, TokensOf(call, call.key, table, alike),
             TokensOf(call, call.value, table, alike),
-            VisibilityOf(call, alike.first, alike.queries, num_keys)},
-           softmax, rows(out), rows(lse));
+            VisibilityOf(call, alike.sequences.front(), alike.queries.front(), num_keys)},
+           softmax, attended, sums);
+    rows.Put(out, attended);
+    if (lse.defined()) rows.Put(lse, sums);
   }
 }
 

@@ -22,8 +22,8 @@ at::Tensor GatherTokens(const char* op, const at::Tensor& cache, const at::Tenso
   const at::Tensor read = block_table.narrow(1, first, stop - first).contiguous();
   const int32_t* ids = read.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < read.numel(); ++i) {
-    TORCH_CHECK(ids[i] >= 0 && ids[i] < num_blocks, op, ": the block table holds block ", ids[i], " in column ",
-                first + i % (stop - first), "; the cache has blocks 0 to ", num_blocks - 1,
+    TORCH_CHECK(ids[i] >= 0 && ids[i] < num_blocks, op, ": the block table holds block ", ids[i],
+                " in column ", first + i % (stop - first), "; the cache has blocks 0 to ", num_blocks - 1,
                 " (a card would read stray memory here)");
   }
   return cache.index_select(0, read.flatten())
