@@ -112,7 +112,7 @@ def engine_config(
             **{
                 "kv_port": 0,
                 "engine_id": role,
-                "kv_connector_extra_config": {"peer_timeout_s": 5, **(extra or {})},
+                "kv_connector_extra_config": {"peer_timeout_s": 3, **(extra or {})},
                 **transfer,
             },
         ),

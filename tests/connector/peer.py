@@ -269,7 +269,9 @@ class Peer:
         os.kill(self._process.pid, signal.SIGSTOP)
         try:
             # The signal stops the others once one thread has taken it, which may have to wait for a core.
+            deadline = time.monotonic() + PATIENCE_S
             while not _is_stopped(self._process.pid):
+                assert time.monotonic() < deadline, "the process does not stop"
                 time.sleep(0.001)
             yield
         finally:

@@ -148,7 +148,7 @@ def gathered(engine: Engine) -> TransferStats:
 
 def test_engines_report_leases_loads_and_why_loads_fail(tmp_path):
     model = model_folder(tmp_path, 4)
-    prefill = Engine(engine_config(model, 2, "kv_producer", {"lease_s": 0.5}), 4)
+    prefill = Engine(engine_config(model, 2, "kv_producer", {"lease_s": 1.5}), 4)
     decode = Engine(engine_config(model, 1, "kv_consumer"), 4)
     with running(prefill, decode):
         params = prefilled(prefill, "p1", 20, [1, 2])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from engine.greedy import greedy_after
 from engine.models import RANDOM_MODELS, Tiny
 
 NUM_NEW_TOKENS = 32
@@ -276,21 +277,8 @@ def reference(folder: Path, prompts: list[list[int]]) -> Reference:
     # The other implementations of attention leave caps out.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    tokens, chosen = [], []
-    for prompt in prompts:
-        inputs = torch.tensor([prompt])
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=NUM_NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        new = output.sequences[0, len(prompt) :]
-        tokens.append(new.tolist())
-        chosen.append(torch.cat(output.logits).log_softmax(-1).gather(1, new[:, None])[:, 0])
-    return Reference(tokens, torch.stack(chosen))
+    )
+    answers = [greedy_after(model, NUM_NEW_TOKENS, prompt) for prompt in prompts]
+    return Reference(
+        [answer.tokens for answer in answers], torch.stack([answer.log_probabilities for answer in answers])
+    )

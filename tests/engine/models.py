@@ -18,6 +18,7 @@ from typing import Any
 import recall
 import torch
 import transformers
+from engine.greedy import greedy_after
 
 VOCAB_SIZE = 512
 NUM_NEW_TOKENS = 64
@@ -197,20 +198,8 @@ def text_of(tokens: list[int]) -> str:
 
 def greedy_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers generates in float32 on the CPU, NUM_NEW_TOKENS for each prompt."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    outputs = []
-    for prompt in prompts:
-        inputs = torch.tensor([prompt])
-        tokens = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=NUM_NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        outputs.append(tokens[0, len(prompt) :].tolist())
-    return outputs
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [greedy_after(model, NUM_NEW_TOKENS, prompt).tokens for prompt in prompts]
 
 
 def log_probabilities(

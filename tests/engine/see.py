@@ -66,6 +66,7 @@ def expected(name: str, folder: Path) -> list[dict[str, Any]]:
     """What transformers generates, greedily, in float32 on the CPU."""
     import torch
     import transformers
+    from engine.greedy import greedy
 
     processor = transformers.AutoProcessor.from_pretrained(folder)
     model = getattr(transformers, name).from_pretrained(
@@ -74,25 +75,12 @@ def expected(name: str, folder: Path) -> list[dict[str, Any]]:
     answers = []
     for question in _subject(name).QUESTIONS:
         inputs = _subject(name).inputs(name, processor, question)
-        # Whisper's own way to generate cuts recordings and forces tokens.
-        output = transformers.GenerationMixin.generate(
-            model.eval(),
-            **inputs,
-            do_sample=False,
-            max_new_tokens=NUM_NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        num_prompt_tokens = output.sequences.shape[1] - NUM_NEW_TOKENS
-        new = output.sequences[0, num_prompt_tokens:]
-        chosen = torch.cat(output.logits).log_softmax(-1).gather(1, new[:, None])[:, 0]
+        answer = greedy(model, NUM_NEW_TOKENS, **inputs)
         answers.append(
             {
-                "num_prompt_tokens": num_prompt_tokens,
-                "tokens": new.tolist(),
-                "log_probabilities": chosen.tolist(),
+                "num_prompt_tokens": answer.num_prompt_tokens,
+                "tokens": answer.tokens,
+                "log_probabilities": answer.log_probabilities.tolist(),
             }
         )
     return answers
