@@ -53,6 +53,7 @@ from vllm_ascend.attention.layout_option import HEAD_MAJOR, TOKEN_MAJOR, is_head
 from vllm_ascend.kv_transfer.connector import MooncakeConnector
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 24
+PEER_TIMEOUT_S = 3
 
 Blocks = list[int] | tuple[list[int], ...]
 """A request's blocks, of the only KV cache group or of each."""
@@ -112,7 +113,7 @@ def engine_config(
             **{
                 "kv_port": 0,
                 "engine_id": role,
-                "kv_connector_extra_config": {"peer_timeout_s": 3, **(extra or {})},
+                "kv_connector_extra_config": {"peer_timeout_s": PEER_TIMEOUT_S, **(extra or {})},
                 **transfer,
             },
         ),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from connector.engines import (
     BLOCK_SIZE,
+    PEER_TIMEOUT_S,
     Engine,
     admit,
     engine_config,
@@ -520,7 +521,7 @@ def test_a_prefill_engine_that_ends_takes_its_prompts_with_it(side, tmp_path, ca
         there = kv_of(mortal, THERE, 2 * BLOCK_SIZE)
         side.decode.step_until(lambda _: torch.equal(kv_of(side.decode, HERE, 2 * BLOCK_SIZE), there))
     assert not side.wait_for_load("d")
-    assert "did not say within 1 s how far its requests are" in caplog_vllm.text
+    assert f"did not say within {PEER_TIMEOUT_S} s how far its requests are" in caplog_vllm.text
     assert finish(side.decode, wanted) is None
 
 

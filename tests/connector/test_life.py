@@ -12,6 +12,7 @@ import torch
 from connector.engines import (
     BLOCK_SIZE,
     NUM_BLOCKS,
+    PEER_TIMEOUT_S,
     Engine,
     admit,
     engine_config,
@@ -332,7 +333,7 @@ def test_parameters_of_no_use_are_computed_locally(engines, change):
     ("change", "reason"),
     [
         pytest.param({"remote_block_ids": [[1, NUM_BLOCKS]]}, "asked of prefill rank", id="block too high"),
-        pytest.param({"remote_port": 9}, "did not answer within 1 s", id="nobody listens"),
+        pytest.param({"remote_port": 9}, f"did not answer within {PEER_TIMEOUT_S} s", id="nobody listens"),
         pytest.param({"remote_host": "0:0:0"}, "start it, or set", id="an address that is none"),
         pytest.param({"remote_engine_id": "older"}, "which replaced older", id="another engine listens"),
         pytest.param({"remote_request_id": "older"}, "ended before the read did", id="an unknown request"),
