@@ -79,28 +79,28 @@ def test_a_refusal_is_an_error_at_the_caller():
 
 def test_silence_ends_and_the_next_question_works():
     port = free_port()
-    lines = Lines(timeout_s=0.2)
+    lines = Lines(timeout_s=1)
     started = time.monotonic()
-    with pytest.raises(PeerUnreachable, match=rf"127\.0\.0\.1:{port} did not answer within 0\.2 s; start it"):
+    with pytest.raises(PeerUnreachable, match=rf"127\.0\.0\.1:{port} did not answer within 1 s; start it"):
         lines.ask("127.0.0.1", port, AskForEngine())
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     with Listener("127.0.0.1", port, released):
         assert lines.ask("127.0.0.1", port, AskForEngine()) == Released()
     lines.close()
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next():
-    delays = iter([0.3, 0.0])
+    gate = threading.Event()
 
     def slowly(question: Question) -> Answer:
-        time.sleep(next(delays))
+        gate.wait()
         return Renewed(lost=()) if isinstance(question, Renew) else Released()
 
     with Listener("127.0.0.1", 0, slowly) as listener:
-        channel = Channel("127.0.0.1", listener.port, timeout_s=0.1)
+        channel = Channel("127.0.0.1", listener.port, timeout_s=1)
         with pytest.raises(PeerUnreachable):
             channel.ask(Renew(engine_id="e", request_ids=()))
-        time.sleep(0.3)
+        gate.set()
         assert channel.ask(Release(engine_id="e", request_ids=())) == Released()
         channel.close()
 
@@ -154,15 +154,15 @@ def test_the_keeper_renews_all_waiting_requests_of_a_peer_in_one_message():
         # A peer that never answers delays nobody.
         keeper.hold(remote(free_port(), "x", lease_s=0.3))
         for request_id in ("a", "b", "c"):
-            keeper.hold(remote(listener.port, request_id, lease_s=0.6))
-        keeper.drop(remote(listener.port, "b", lease_s=0.6))
+            keeper.hold(remote(listener.port, request_id, lease_s=1.5))
+        keeper.drop(remote(listener.port, "b", lease_s=1.5))
         assert renewed.wait(10)
-        keeper.drop(remote(listener.port, "a", lease_s=0.6))
-        keeper.release(remote(listener.port, "c", lease_s=0.6))
+        keeper.drop(remote(listener.port, "a", lease_s=1.5))
+        keeper.release(remote(listener.port, "c", lease_s=1.5))
         assert released.wait(10)
         count = len(heard)
         # Two renewals would come in this time, if there were still something to renew.
-        time.sleep(0.5)
+        time.sleep(1.2)
         keeper.close()
         keeper.close()
     assert heard[0] == Renew(engine_id="e", request_ids=("a", "c"))

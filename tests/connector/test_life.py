@@ -32,7 +32,7 @@ from vllm_ascend.kv_transfer.handshake import Channel
 from vllm_ascend.kv_transfer.messages import Done, DoneNoted, Release, Released
 
 HEADS = 4
-LEASE_S = 1.0
+LEASE_S = 2.0
 
 
 @pytest.fixture(scope="module")
