@@ -93,7 +93,7 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next():
     gate = threading.Event()
 
     def slowly(question: Question) -> Answer:
-        gate.wait()
+        gate.wait(10)
         return Renewed(lost=()) if isinstance(question, Renew) else Released()
 
     with Listener("127.0.0.1", 0, slowly) as listener:

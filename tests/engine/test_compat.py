@@ -47,8 +47,8 @@ print(time.thread_time() - before_s)
 """
 SECONDS_WITHOUT_A_WAKE_UP = """
 writer._spin_condition.notify = lambda: None
-threading.Timer(0.5, writer.enqueue, ["second"]).start()
 before_s = time.monotonic()
+threading.Timer(0.5, writer.enqueue, ["second"]).start()
 assert reader.dequeue() == "second"
 print(time.monotonic() - before_s)
 """
