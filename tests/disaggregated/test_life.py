@@ -72,7 +72,7 @@ def test_a_client_leaves_while_decode_has_it_queued(pair: Pair, by_router: bool,
         with asking(server, question, stream=stream, kv_transfer_params=params):
             wait_for(pair.decode, "vllm:num_requests_kv_fetch_by_stage", 1, stage="waiting_to_start")
             assert pair.held()["prefill"] == 7
-        wait_until(lambda: pair.held()["prefill"] == 0, lambda: f"still held: {pair.held()}", patience_s=1)
+        wait_until(lambda: pair.held()["prefill"] == 0, lambda: f"still held: {pair.held()}")
 
 
 @pytest.mark.parametrize("by_router", [False, True])
