@@ -8,8 +8,8 @@ import pytest
 from connector.topologies import PAGE, TABLE, page_with_table
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*/**/*.md"))]
-OURS = [path for path in DOCUMENTS if not {".venv", "build", ".git"} & set(path.relative_to(ROOT).parts)]
+# In folders that begin with a dot, tools keep documents of their own.
+OURS = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/*.md"))]
 # A word in backticks that begins with one of our folders is a path.
 NAMED_PATH = re.compile(r"`((?:vllm_ascend|csrc|tests|examples|docs|\.setup|\.ci)/[\w./-]*)`")
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
